@@ -1,0 +1,35 @@
+"""Run M2M100, NLLB-200 and NLLB-MoE translation models, right and fast.
+
+import moe_mt
+
+translator = moe_mt.from_pretrained("tiny")
+translator.translate("May 5, 2024", src_lang="eng_Latn", tgt_lang="fra_Latn")
+"""
+
+from moe_mt.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MoeMtError,
+    PlacementError,
+    UnsupportedLanguageError,
+)
+from moe_mt.generation import GenerationConfig
+from moe_mt.translator import TranslationResult, Translator, from_pretrained
+from moe_mt.version import __version__
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "ConfigError",
+    "GenerationConfig",
+    "InputError",
+    "MoeMtError",
+    "PlacementError",
+    "TranslationResult",
+    "Translator",
+    "UnsupportedLanguageError",
+    "__version__",
+    "from_pretrained",
+]

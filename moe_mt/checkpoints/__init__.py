@@ -1,0 +1,20 @@
+"""Files → weights, and back: fetch, check, load and save models in the published layout."""
+
+from moe_mt.checkpoints.fit import FreeBytes, check_fits, measure_free_bytes, model_bytes
+from moe_mt.checkpoints.load import load
+from moe_mt.checkpoints.published_config import read_config, read_json
+from moe_mt.checkpoints.resolve import fetch_small_files, resolve
+from moe_mt.checkpoints.save import save
+
+__all__ = [
+    "FreeBytes",
+    "check_fits",
+    "fetch_small_files",
+    "load",
+    "measure_free_bytes",
+    "model_bytes",
+    "read_config",
+    "read_json",
+    "resolve",
+    "save",
+]

@@ -1,0 +1,188 @@
+"""Published tensors → the parameters of a model that is built on the meta device."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_mt.checkpoints.fit import parameter_dtype
+from moe_mt.errors import CheckpointError, PlacementError
+from moe_mt.models import Family, Location, Seq2SeqTransformer, TransformerConfig
+
+__all__ = ["FLOAT_DTYPES", "Filling"]
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of weights, in files and in models."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements that are copied and checked at a time: few enough to stay in the processor's cache."""
+
+
+class Filling:
+    """A model that becomes real tensor by tensor.
+
+    A parameter is allocated once, at its final dtype and device, when the first of its tensors
+    arrives; a layer's experts fill one stacked parameter slice by slice.
+    """
+
+    def __init__(
+        self, family: Family, config: TransformerConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Build the model on the meta device."""
+        with torch.device("meta"):
+            self.model = Seq2SeqTransformer(config)
+        self._family = family
+        self._locations = family.locations(config)
+        self._device = device
+        self._dtype = dtype
+        self._filled: dict[tuple[str, int | None], str] = {}
+        self._allocated: set[str] = set()
+
+    def check_names(self, keys: tuple[str, ...]) -> None:
+        """Raise unless ``keys`` name every tensor of the model and nothing else."""
+        unexpected = [key for key in keys if not self.ignores(key) and self._locate(key) is None]
+        if unexpected:
+            raise self._unexpected(unexpected)
+        stripped = {self._family.strip_prefix(key) for key in keys}
+        self._require_all({_slot(self._locations[k]) for k in stripped if k in self._locations})
+
+    def ignores(self, key: str) -> bool:
+        """Whether ``key`` is known to hold nothing that the model needs."""
+        return self._family.ignores(self._family.strip_prefix(key))
+
+    @torch.no_grad()
+    def place(self, key: str, source: Tensor) -> int:
+        """Copy a published tensor to where it belongs; return the bytes of the model it filled.
+
+        Args:
+            key: Its published name.
+            source: Of the shape that ``Location.shape`` gives, in any of ``FLOAT_DTYPES``.
+
+        Raises:
+            CheckpointError: If the tensor is none of the model's, or its shape, dtype or values
+                are not fit for it, or it contradicts one that came before.
+            PlacementError: If there is no memory for it.
+        """
+        location = self._locate(key)
+        if location is None:
+            raise self._unexpected([key])
+        _check_form(key, source, location.shape)
+        target = self._target(location)
+        first = self._filled.get(_slot(location))
+        if first is not None:
+            _require_equal(first, key, target, source)
+            return 0
+        _copy_checked(key, target, source)
+        self._filled[_slot(location)] = key
+        return target.numel() * target.element_size()
+
+    def finish(self) -> Seq2SeqTransformer:
+        """Return the model in evaluation mode.
+
+        Raises:
+            CheckpointError: If a tensor never came.
+        """
+        self._require_all(set(self._filled))
+        self.model.positions.rebuild(self._device, self._dtype)
+        return self.model.eval()
+
+    def _locate(self, key: str) -> Location | None:
+        return self._locations.get(self._family.strip_prefix(key))
+
+    def _target(self, location: Location) -> Tensor:
+        if location.parameter not in self._allocated:
+            self._allocate(location.parameter)
+        parameter = self.model.get_parameter(location.parameter)
+        return parameter.data if location.expert is None else parameter.data[location.expert]
+
+    def _allocate(self, name: str) -> None:
+        shape = self.model.get_parameter(name).shape
+        dtype = parameter_dtype(name, self._dtype)
+        try:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        except RuntimeError as error:
+            size = shape.numel() * dtype.itemsize / 1e9
+            raise PlacementError(
+                f"there is no room on {self._device} for {name}, {size:.1f} GB at {dtype}; free "
+                "memory there, or choose a smaller dtype, another device or a smaller model"
+            ) from error
+        module, _, leaf = name.rpartition(".")
+        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor))
+        self._allocated.add(name)
+
+    def _require_all(self, slots: set[tuple[str, int | None]]) -> None:
+        missing: dict[tuple[str, int | None], str] = {}
+        for key, location in self._locations.items():
+            if _slot(location) not in slots:
+                missing.setdefault(_slot(location), key)
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of the model's tensors: "
+                f"{_listed(list(missing.values()))}; fetch it again, or give the config.json that "
+                "belongs to it"
+            )
+
+    def _unexpected(self, keys: list[str]) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint holds {len(keys)} tensors that the {self._family.name} model of its "
+            f"config.json has no place for: {_listed(keys)}; give the config.json that belongs to "
+            "these weights"
+        )
+
+
+def _slot(location: Location) -> tuple[str, int | None]:
+    return location.parameter, location.expert
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return ", ".join(keys[:5]) + more
+
+
+def _check_form(key: str, source: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(source.shape) != shape:
+        raise CheckpointError(
+            f"{key} has shape {tuple(source.shape)} in the checkpoint and {shape} by its "
+            "config.json; give the config.json that belongs to these weights"
+        )
+    real = source.layout == torch.strided and not source.is_meta
+    if source.dtype not in FLOAT_DTYPES or not real:
+        raise CheckpointError(
+            f"{key} is stored as {source.dtype} ({source.layout}, {source.device}); expected plain "
+            f"weights in {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}: quantised files cannot "
+            "be read, get the original weights"
+        )
+
+
+def _copy_checked(key: str, target: Tensor, source: Tensor) -> None:
+    for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
+        into.copy_(out_of)
+        # The extremes are NaN where any element is, so two numbers vouch for the whole chunk.
+        if not torch.stack(torch.aminmax(into)).isfinite().all():
+            raise _not_finite(key, into, out_of)
+
+
+def _not_finite(key: str, into: Tensor, out_of: Tensor) -> CheckpointError:
+    bad = ~out_of.isfinite()
+    if bad.any():
+        return CheckpointError(
+            f"{key} holds {out_of[bad][0].item()} among its weights: a training run that diverged, "
+            "or a damaged file; fetch it again, or use an earlier checkpoint"
+        )
+    value = out_of[~into.cpu().isfinite()][0].item()
+    return CheckpointError(
+        f'{key} holds {value:g}, which {into.dtype} cannot represent; choose dtype="bfloat16" or '
+        '"float32"'
+    )
+
+
+def _require_equal(first: str, second: str, target: Tensor, source: Tensor) -> None:
+    """Compare two copies of one parameter, at the dtype that the model has."""
+    for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
+        if not torch.equal(into, out_of.to(into)):
+            raise CheckpointError(
+                f"{first} and {second} differ, and are one parameter in this model; weights that "
+                "were trained apart cannot be used here: save the checkpoint with tied embeddings"
+            )
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[0].numel())))

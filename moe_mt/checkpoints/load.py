@@ -1,0 +1,60 @@
+"""A folder of published files → a model, each weight read once and never held twice."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moe_mt.checkpoints.fill import FLOAT_DTYPES, Filling
+from moe_mt.checkpoints.fit import check_fits, measure_free_bytes, model_bytes
+from moe_mt.checkpoints.published_config import read_config
+from moe_mt.checkpoints.shards import open_shards
+from moe_mt.errors import ConfigError
+from moe_mt.models import Seq2SeqTransformer
+
+__all__ = ["load"]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Seq2SeqTransformer:
+    """Load a model from a folder in the published layout.
+
+    Before a weight is read, the model's size is compared with the free memory, and the names in
+    the files with those that the model needs.
+
+    Args:
+        folder: Holds ``config.json`` and the weights, as .safetensors or .bin, whole or sharded.
+        device: Where the model is to go.
+        dtype: What its weights become; routers stay in float32.
+        on_progress: Called with the bytes of the model that are done, and all of them.
+
+    Returns:
+        The model in evaluation mode; its parameters can be trained.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, or does not hold exactly this model.
+        ConfigError: If the configuration describes no model.
+        PlacementError: If the model does not fit.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"dtype {dtype} was asked for; choose one of {FLOAT_DTYPES}")
+    folder, device = Path(folder), torch.device(device)
+    family, config = read_config(folder)
+    free = measure_free_bytes(device, folder)
+    check_fits(config, name=str(folder), device=device, dtype=dtype, free=free)
+    shards = open_shards(folder)
+    filling = Filling(family, config, device, dtype)
+    filling.check_names(shards.keys)
+    done, total = 0, model_bytes(config, dtype)
+    for key, read in shards:
+        if not filling.ignores(key):
+            done += filling.place(key, read())
+            if on_progress is not None:
+                on_progress(done, total)
+    return filling.finish()

@@ -1,0 +1,62 @@
+"""``moe-mt doctor``: what is installed, what it can do, and whether it computes right."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+
+from moe_mt.version import __version__
+
+__all__ = ["add_parser"]
+
+PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "huggingface_hub", "sentencex")
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401
+    """Add the command to the parser's sub-commands."""
+    parser = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="versions, devices, and whether transformers computes NLLB-MoE right",
+        description="Report versions and devices, and test the installed transformers, if any, on "
+        "a small NLLB-MoE layer.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report and return the exit code: 0 whatever it finds."""
+    del options
+    print(f"moe_mt {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in PACKAGES:
+        print(f"{package} {_version(package)}")
+    print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        print(f"cuda:{index}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    if not torch.cuda.is_available():
+        print("GPU: none that torch can use")
+    print("backend: eager PyTorch (this version has no Triton kernels yet)")
+    print(f"transformers {_version('transformers')}{_verdict_on_transformers()}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _verdict_on_transformers() -> str:
+    if importlib.util.find_spec("transformers") is None:
+        return ""
+    # Others' models are no run-time need, so their room is entered only here.
+    from moe_mt.integrations import check_transformers
+
+    return f": {check_transformers()}"

@@ -1,0 +1,63 @@
+"""The command line's front: which command runs, and what its errors are worth."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from moe_mt.cli import doctor, languages, train, translate
+from moe_mt.errors import CheckpointError, MoeMtError, PlacementError
+from moe_mt.version import __version__
+
+__all__ = ["main"]
+
+UNEXPECTED, USAGE, MODEL, MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
+COMMANDS = (translate, languages, train, doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    level = logging.ERROR if options.quiet else logging.WARNING - 10 * min(options.verbose, 2)
+    logging.basicConfig(format="moe-mt: %(message)s", level=level, stream=sys.stderr, force=True)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("moe-mt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`moe-mt … | head`): nothing is left to do, and nobody to tell.
+        sys.stderr.close()
+        return UNEXPECTED
+    except (MoeMtError, MemoryError, OSError) as error:
+        if options.verbose > 1:
+            logging.exception("the command failed")
+        print(f"moe-mt: {error}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, (PlacementError, MemoryError)):
+        return MEMORY
+    if isinstance(error, CheckpointError):
+        return MODEL
+    if isinstance(error, MoeMtError):
+        return USAGE
+    return USAGE if isinstance(error, FileNotFoundError) else UNEXPECTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-mt",
+        description="Translate with M2M100, NLLB-200 and NLLB-MoE.",
+        epilog="exit codes: 0 done; 1 unexpected; 2 usage or input; 3 model missing or unreadable; "
+        "4 does not fit; 5 done but flagged (--strict); 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"moe-mt {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-q", "--quiet", action="store_true", help="only errors, no progress")
+    common.add_argument("-v", "--verbose", action="count", default=0, help="more log; -vv traces")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        command.add_parser(commands, common)
+    return parser

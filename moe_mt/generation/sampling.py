@@ -1,0 +1,76 @@
+"""Random choices that are the same for a sentence in whatever batch it stands.
+
+All randomness is a table of uniform numbers, fixed before the first step; choosing is then a
+function of scores and table.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw", "draw_several", "uniform_table"]
+
+
+def uniform_table(
+    sentences: Sequence[Sequence[int]],
+    steps: int,
+    draws: int,
+    *,
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return (B, steps, draws) float64 uniform in [0, 1), on the CPU.
+
+    With a seed, a sentence's numbers depend on the seed and its own tokens alone: not on its
+    batch, and not on the device. Equal sentences get equal numbers.
+
+    Args:
+        sentences: The tokens that tell sentences apart, without padding.
+        steps: Most steps there will be.
+        draws: Numbers a step.
+        seed: ``None`` draws all numbers from ``generator``, or from torch's global one.
+        generator: A CPU generator; wins over the seed.
+    """
+    if generator is not None or seed is None:
+        shape = (len(sentences), steps, draws)
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+    tables: list[Tensor] = []
+    for tokens in sentences:
+        digest = sha256(repr((seed, tuple(tokens))).encode()).digest()
+        own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        tables.append(torch.rand(steps, draws, dtype=torch.float64, generator=own))
+    return torch.stack(tables)
+
+
+def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Return (rows,) int64: one index a row, drawn with probability ``softmax(scores)``.
+
+    Args:
+        scores: (rows, N) float32.
+        uniforms: (rows,) float64; each picks the index at which the cumulated probability
+            passes it. Cumulated in float64, since N can be a vocabulary of 256,000.
+    """
+    cumulated = scores.double().softmax(-1).cumsum(-1)
+    targets = uniforms[:, None] * cumulated[:, -1:]
+    chosen = torch.searchsorted(cumulated, targets, right=True).squeeze(1)
+    return chosen.clamp(max=scores.shape[1] - 1)
+
+
+def draw_several(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw without replacement, one after the other; return scores and indices, (rows, draws).
+
+    Args:
+        scores: (rows, N) float32.
+        uniforms: (rows, draws) float64.
+    """
+    left = scores.clone()
+    values: list[Tensor] = []
+    indices: list[Tensor] = []
+    for column in uniforms.unbind(1):
+        index = draw(left, column)[:, None]
+        values.append(left.gather(1, index))
+        indices.append(index)
+        left.scatter_(1, index, -torch.inf)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)

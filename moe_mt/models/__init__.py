@@ -1,0 +1,28 @@
+"""The transformer, and the facts of the two families of checkpoints that fill it.
+
+One architecture: a dense model is one whose configuration names no sparse layer. A family is a
+file of facts (names in the checkpoint, defaults), never a second model.
+"""
+
+from moe_mt.models.config import MoEConfig, TransformerConfig
+from moe_mt.models.family import Family, Location
+from moe_mt.models.kv_cache import KVCache
+from moe_mt.models.m2m100 import M2M100
+from moe_mt.models.nllb_moe import NLLB_MOE
+from moe_mt.models.transformer import Seq2SeqTransformer, TransformerOutput
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "KVCache",
+    "Location",
+    "MoEConfig",
+    "Seq2SeqTransformer",
+    "TransformerConfig",
+    "TransformerOutput",
+]
+
+FAMILIES: dict[str, Family] = {
+    model_type: family for family in (M2M100, NLLB_MOE) for model_type in family.model_types
+}
+"""``model_type`` of a ``config.json`` → its family."""

@@ -1,0 +1,84 @@
+"""The decoder: causal layers over the target that attend to the memory."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_mt.models.config import TransformerConfig
+from moe_mt.models.kv_cache import KVCache, LayerCache
+from moe_mt.models.layers import DecoderLayer
+from moe_mt.moe import Routing
+
+__all__ = ["Decoder"]
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers and a final norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Build the layers; which of them are sparse follows from the configuration."""
+        super().__init__()
+        self.layerdrop = config.decoder_layerdrop
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                config.decoder_heads,
+                config.decoder_ffn_dim,
+                config.decoder_layer_is_sparse(index),
+            )
+            for index in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Decode whole target sequences, as in training.
+
+        Args:
+            x: (B, L, d_model). Embedded target.
+            memory: (B, S, d_model).
+            memory_mask: (B, S) bool, true where the memory may be attended to, or ``None``.
+            padding: (B, L) bool, true where a target token is padding, or ``None``.
+
+        Returns:
+            (B, L, d_model) and the routing of every sparse layer that ran.
+        """
+        routings: list[Routing] = []
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0 and torch.rand(()).item() < self.layerdrop:
+                continue
+            x, routing = layer(x, memory, memory_mask, padding)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), tuple(routings)
+
+    def new_cache(
+        self, memory: Tensor, memory_mask: Tensor | None, beams: int, capacity: int
+    ) -> KVCache:
+        """Return an empty cache that holds the memory (B, S, d_model) as keys and values."""
+        layers: list[LayerCache] = []
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            key, value = layer.cross_attention.project_key_value(memory)
+            layers.append(LayerCache(key, value, beams, capacity))
+        return KVCache(layers, memory_mask, beams)
+
+    def step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Decode new positions (B * beams, new, d_model) behind those in the cache."""
+        new = x.shape[1]
+        mask = None
+        if new > 1:
+            stop = cache.length + new
+            mask = torch.ones(new, stop, dtype=torch.bool, device=x.device).tril(cache.length)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            x = layer.step(
+                x,
+                layer_cache,
+                length=cache.length,
+                beams=cache.beams,
+                mask=mask,
+                memory_mask=cache.memory_mask,
+            )
+        cache.length += new
+        return self.norm(x)

@@ -1,0 +1,68 @@
+"""Token embedding and sinusoidal positions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SinusoidalPositions", "sinusoid_table"]
+
+
+def sinusoid_table(rows: int, d_model: int, pad_id: int, device: torch.device) -> Tensor:
+    """Return (rows, d_model) float32: sines of all frequencies, then cosines; row ``pad_id`` zero.
+
+    Angles are computed in float32. An odd width gets one zero column.
+
+    Source: Vaswani et al., arXiv:1706.03762, section 3.5, in fairseq's non-interleaved layout.
+    """
+    half = d_model // 2
+    exponent = math.log(10000) / max(half - 1, 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=device) * -exponent)
+    angles = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequencies
+    table = torch.zeros(rows, d_model, device=device)
+    table[:, :half] = angles.sin()
+    table[:, half : 2 * half] = angles.cos()
+    if pad_id < rows:
+        table[pad_id] = 0
+    return table
+
+
+class SinusoidalPositions(nn.Module):
+    """Positions counted from ``pad_id + 1`` over the tokens that are not padding.
+
+    The table is a cache, not a weight: it is never stored, and it grows when a longer input comes.
+    """
+
+    table: Tensor
+
+    def __init__(self, max_positions: int, d_model: int, pad_id: int) -> None:
+        """Build the table for ``max_positions`` tokens."""
+        super().__init__()
+        self.d_model = d_model
+        self.pad_id = pad_id
+        rows = max_positions + pad_id + 1
+        self.register_buffer(
+            "table", sinusoid_table(rows, d_model, pad_id, torch.device("cpu")), persistent=False
+        )
+
+    def forward(self, tokens: Tensor, past_length: int = 0) -> Tensor:
+        """Return (B, L, d_model): the position embedding of every token.
+
+        Args:
+            tokens: (B, L) int64; padding gets the zero row and is not counted.
+            past_length: Tokens that stood before, all of them counted.
+        """
+        real = tokens != self.pad_id
+        positions = (real.cumsum(1) + past_length) * real + self.pad_id
+        return self._grown(tokens.shape[1] + past_length + self.pad_id + 1)[positions]
+
+    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute the table anew on ``device``, for a model that was built on the meta device."""
+        table = sinusoid_table(self.table.shape[0], self.d_model, self.pad_id, device)
+        self.table = table.to(dtype)
+
+    def _grown(self, rows: int) -> Tensor:
+        if self.table.shape[0] < rows:
+            table = sinusoid_table(rows, self.d_model, self.pad_id, self.table.device)
+            self.table = table.to(self.table.dtype)
+        return self.table

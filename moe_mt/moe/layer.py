@@ -1,0 +1,67 @@
+"""The mixture-of-experts layer: route, dispatch, compute, combine."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
+from moe_mt.moe.experts import Experts
+from moe_mt.moe.router import Top2Router
+from moe_mt.moe.routing import Routing
+
+__all__ = ["MoELayer"]
+
+
+class MoELayer(nn.Module):
+    """A feed-forward layer whose weights are chosen token by token.
+
+    The layer knows neither where experts live (the dispatcher does) nor what their weights are
+    (the experts do).
+    """
+
+    def __init__(
+        self,
+        router: Top2Router,
+        experts: Experts,
+        *,
+        token_dropout: float = 0.0,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        """Join a router and experts.
+
+        Args:
+            router: ``(x (T, d_model), padding (T,) | None) -> Routing``.
+            experts: ``(x, Permutation) -> (N, d_model)``, with ``num_experts``.
+            token_dropout: Expert-output masking: in training each expert output vector is zeroed
+                with this probability, without rescaling; in evaluation outputs are multiplied by
+                ``1 - token_dropout`` (NLLB Team, arXiv:2207.04672, section 6.3).
+            dispatcher: Where tokens go; all experts on this device where ``None``.
+        """
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.token_dropout = token_dropout
+        self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Apply the layer.
+
+        Args:
+            x: (..., d_model). Tokens; leading axes are flattened in order.
+            padding: (...) bool, true where a token is padding, or ``None``.
+
+        Returns:
+            The mixture, shaped like ``x`` (zero where a token reached no expert), and the routing.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        routing: Routing = self.router(tokens, None if padding is None else padding.reshape(-1))
+        sent, permutation = self.dispatcher.dispatch(tokens, routing, self.experts.num_experts)
+        rows = self.experts(sent, permutation)
+        mixture = self.dispatcher.combine(rows, permutation, self._mask_outputs(routing.gates))
+        return mixture.view(x.shape), routing
+
+    def _mask_outputs(self, gates: Tensor) -> Tensor:
+        if self.token_dropout == 0:
+            return gates
+        if not self.training:
+            return gates * (1 - self.token_dropout)
+        return gates * (torch.rand_like(gates) >= self.token_dropout)

@@ -1,0 +1,144 @@
+"""Choose experts and gates from router logits, under a capacity."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_mt.errors import ConfigError
+
+__all__ = ["expert_capacity", "route"]
+
+POLICIES = ("all", "sampling", "random")
+
+
+def expert_capacity(
+    tokens: int,
+    num_experts: int,
+    *,
+    training: bool,
+    eval_fraction: float = 1.0,
+    fixed: int | None = None,
+) -> int:
+    """Return how many tokens one expert takes in a call of ``tokens`` tokens.
+
+    Evaluation with a positive fraction: ``ceil(fraction * tokens)``; 1.0 can never drop a token.
+    Otherwise ``fixed``, or, where that is ``None``, ``2 * ceil(tokens / num_experts)``.
+
+    Args:
+        tokens: Tokens in the call, padding included.
+        num_experts: Experts in the layer.
+        training: Whether the training rule applies.
+        eval_fraction: Capacity in evaluation as a fraction of the tokens; not positive means
+            that the training rule applies there too.
+        fixed: Capacity in training, in tokens, or ``None`` for the rule above.
+
+    Source: NLLB Team, arXiv:2207.04672, section 6.2; the rules of fairseq's top-2 gate.
+    """
+    if not training and eval_fraction > 0:
+        return math.ceil(eval_fraction * tokens)
+    return fixed if fixed is not None else 2 * math.ceil(tokens / num_experts)
+
+
+def route(
+    router_logits: Tensor,
+    *,
+    capacity: int | None = None,
+    top_k: int = 2,
+    padding: Tensor | None = None,
+    policy: str = "all",
+    normalize_before_dropping: bool = False,
+    batch_prioritized: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose ``top_k`` experts per token and the gates that weight their outputs.
+
+    Probabilities are taken in the dtype of the logits (float32 in every model here). The first
+    expert is the most probable one (lowest index among equals), the next ones the most probable of
+    the rest. Tokens claim their experts in order, first choices of all tokens before any second
+    choice; a claim beyond ``capacity`` is dropped: its expert id becomes ``E``, its gate zero.
+
+    Args:
+        router_logits: (T, E) float32. Scores before softmax.
+        capacity: Most tokens one expert takes in this call, or ``None`` for no limit.
+        top_k: Experts per token, at most ``E``.
+        padding: (T,) bool, true where a token is padding and claims no expert; or ``None``.
+        policy: ``"all"`` keeps every claim; ``"sampling"`` chooses later experts by logits plus
+            Gumbel noise; ``"random"`` keeps a second claim with probability ``2 * gate``.
+        normalize_before_dropping: Whether gates are scaled to sum to one before claims are
+            dropped (a dropped gate is then lost) rather than after (the kept one gets it all).
+        batch_prioritized: Whether tokens claim in descending order of their best probability
+            instead of in sequence order.
+        noise: For ``"sampling"``, (T, E) float32 Gumbel(0, 1); for ``"random"``, (T,) float32
+            uniform in [0, 1). A tensor, so that the result is a function of the arguments.
+
+    Returns:
+        Expert ids (T, K) int32 and gates (T, K) in the logits' dtype, first choice first.
+
+    Raises:
+        ConfigError: If ``top_k`` is not between 1 and ``E``, the policy is unknown, or noise that
+            the policy needs is missing.
+
+    Source: NLLB Team, arXiv:2207.04672, section 6.2; top-2 gating of GShard, arXiv:2006.16668;
+    batch prioritised routing of V-MoE, arXiv:2106.05974.
+    """
+    num_experts = router_logits.shape[-1]
+    _check(num_experts, top_k, policy, noise)
+    probs = router_logits.softmax(dim=-1)
+    expert_ids = _choose(router_logits, top_k, noise if policy == "sampling" else None)
+    gates = probs.gather(-1, expert_ids)
+    if normalize_before_dropping:
+        gates = _normalize(gates)
+    kept = torch.ones_like(expert_ids, dtype=torch.bool)
+    if policy == "random":
+        assert noise is not None
+        kept[:, 1:] = 2 * gates[:, 1:] > noise[:, None]
+    if padding is not None:
+        kept &= ~padding[:, None]
+    if capacity is not None and capacity < router_logits.shape[0]:
+        order = probs.amax(-1).argsort(descending=True, stable=True) if batch_prioritized else None
+        kept &= _slots(expert_ids, kept, num_experts, order) < capacity
+    gates = gates * kept
+    if not normalize_before_dropping:
+        gates = _normalize(gates)
+    return expert_ids.masked_fill(~kept, num_experts).to(torch.int32), gates
+
+
+def _check(num_experts: int, top_k: int, policy: str, noise: Tensor | None) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k is {top_k}; it must be between 1 and the {num_experts} experts")
+    if policy not in POLICIES:
+        raise ConfigError(f"second expert policy {policy!r} is unknown; choose from {POLICIES}")
+    if policy != "all" and noise is None:
+        raise ConfigError(f"second expert policy {policy!r} needs its noise as a tensor")
+
+
+def _choose(router_logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
+    """Return (T, K) int64: one argmax a choice, because argmax promises the lowest index."""
+    scores = router_logits.detach()
+    choices = [scores.argmax(-1, keepdim=True)]
+    if noise is not None:
+        scores = scores + noise
+    for _ in range(top_k - 1):
+        scores = scores.scatter(-1, choices[-1], -torch.inf)
+        choices.append(scores.argmax(-1, keepdim=True))
+    return torch.cat(choices, dim=-1)
+
+
+def _normalize(gates: Tensor) -> Tensor:
+    total = gates.sum(-1, keepdim=True)
+    return gates / total.clamp(min=torch.finfo(gates.dtype).eps)
+
+
+def _slots(expert_ids: Tensor, kept: Tensor, num_experts: int, order: Tensor | None) -> Tensor:
+    """Return (T, K): how many earlier claims the claimed expert had, in claiming order."""
+    tokens, top_k = expert_ids.shape
+    if order is None:
+        order = torch.arange(tokens, device=expert_ids.device)
+    # Choice-major, so that all first choices stand before any second one.
+    claims = expert_ids[order].T.reshape(-1)
+    wanted = kept[order].T.reshape(-1)
+    one_hot = torch.nn.functional.one_hot(claims, num_experts) * wanted[:, None]
+    earlier = one_hot.cumsum(0) - one_hot
+    slots = earlier.gather(-1, claims[:, None]).view(top_k, tokens).T
+    return torch.empty_like(slots).index_copy_(0, order, slots)

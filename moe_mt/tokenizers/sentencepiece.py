@@ -1,0 +1,94 @@
+"""The sentencepiece model: text to pieces and back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from moe_mt.errors import CheckpointError, InputError
+
+__all__ = ["SentencePieceModel"]
+
+
+class SentencePieceModel:
+    """A trained sentencepiece model; the only place that calls the sentencepiece library.
+
+    Its normaliser is part of the model file: the published ones fold compatibility characters,
+    drop control characters and collapse runs of spaces, and decoding restores none of it.
+    """
+
+    def __init__(self, serialized: bytes, origin: str = "<bytes>") -> None:
+        """Read a model.
+
+        Args:
+            serialized: The content of a sentencepiece model file.
+            origin: Where it comes from, for messages.
+
+        Raises:
+            CheckpointError: If the bytes are no sentencepiece model.
+        """
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(serialized)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{origin} is no sentencepiece model ({len(serialized):,} bytes: {error}). "
+                "Fetch the file again; a few hundred bytes of text are a Git LFS pointer."
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path) -> "SentencePieceModel":
+        """Read a model file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: If the file cannot be read or is no sentencepiece model.
+        """
+        try:
+            serialized = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"Cannot read the sentencepiece model {path}: {error}") from error
+        return cls(serialized, str(path))
+
+    def __len__(self) -> int:
+        return len(self._processor)
+
+    @property
+    def reserved_ids(self) -> tuple[int, int, int]:
+        """The ids of the unknown, begin and end pieces; -1 for one the model does not have."""
+        processor = self._processor
+        return processor.unk_id(), processor.bos_id(), processor.eos_id()
+
+    def encode(self, text: str) -> list[str]:
+        """Split text into pieces; a run of unknown characters is one piece, its own surface."""
+        _refuse_surrogates(text)
+        return self._processor.encode(text, out_type=str)
+
+    def decode(self, pieces: Sequence[str]) -> str:
+        """Join pieces into text."""
+        return self._processor.decode(list(pieces)) if pieces else ""
+
+    def piece(self, piece_id: int) -> str:
+        """Return the piece with an id of this model."""
+        return self._processor.id_to_piece(piece_id)
+
+    def piece_id(self, piece: str) -> int:
+        """Return a piece's id, or the unknown piece's."""
+        return self._processor.piece_to_id(piece)
+
+
+def _refuse_surrogates(text: str) -> None:
+    """Raise if text holds half a surrogate pair, which no UTF-8 text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Character {error.start} of the text is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}, which is no character: decode the text's bytes with "
+            'the right encoding, or repair it with text.encode(errors="replace").decode().'
+        ) from error

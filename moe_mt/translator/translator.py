@@ -1,0 +1,365 @@
+"""The translator: text in, results in the same order out."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moe_mt.errors import ConfigError, InputError, UnsupportedLanguageError
+from moe_mt.generation import GenerationConfig, Hypothesis, generate
+from moe_mt.models import Seq2SeqTransformer
+from moe_mt.tokenizers import Tokenizer
+from moe_mt.translator.batching import plan_batches
+from moe_mt.translator.result import FinishReason, TranslationResult
+from moe_mt.translator.segments import Segment, Split, join_segments, split_text
+
+__all__ = ["Translator"]
+
+DEFAULT_BATCH_SIZE = 64
+DEFAULT_MAX_BATCH_TOKENS = 2048
+WINDOW_BATCHES = 8
+"""Inputs read ahead, in batches: enough to sort by length, few enough to stay lazy."""
+
+LONGEST_INPUT = 512
+"""Tokens in the longest sentence the published models were trained on."""
+
+OUTPUT_TOKENS_PER_SOURCE_TOKEN = 3
+OUTPUT_TOKENS_EXTRA = 32
+
+UNKNOWN_SHARE = 0.5
+"""Share of unknown pieces above which a text lies outside what the model can read."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One input, cut up."""
+
+    text: str
+    src_lang: str
+    tgt_lang: str
+    target_prefix: str
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One segment of an input, ready to be generated."""
+
+    source_tokens: list[int]
+    forced_tokens: list[int]
+    max_new_tokens: int
+    unknown_pieces: int
+    pieces: int
+
+
+class Translator:
+    """A model and its tokenizer, as one thing that translates."""
+
+    def __init__(
+        self,
+        model: Seq2SeqTransformer,
+        tokenizer: Tokenizer,
+        generation_config: GenerationConfig | None = None,
+        *,
+        languages: Sequence[str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Join a model and a tokenizer.
+
+        Args:
+            model: In evaluation mode, where it is to compute.
+            tokenizer: The one the model was trained with.
+            generation_config: What unset options mean; the defaults of ``GenerationConfig``.
+            languages: Codes of the languages the model knows, where these are not all that the
+                tokenizer names.
+            folder: Where the checkpoint's files are, if it came from files.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config or GenerationConfig()
+        self.languages = tuple(languages or tokenizer.languages)
+        self.folder = folder
+
+    def translate(
+        self,
+        text: str | Sequence[str],
+        src_lang: str | Sequence[str],
+        tgt_lang: str | Sequence[str],
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Translate a text or a list of texts.
+
+        Args:
+            text: One text, or a sequence of them.
+            src_lang: Source language: one for all, or one per text. A code of the model
+                (``"fra_Latn"``), or a name that means one of them (``"fr"``, ``"French"``).
+            tgt_lang: Target language, likewise.
+            **options: See ``translate_iter``.
+
+        Returns:
+            A str for a str, a list in the same order for a sequence. With
+            ``num_return_sequences`` above 1, a list of that many translations, best first, stands
+            in the place of each str.
+
+        Raises:
+            UnsupportedLanguageError: If the model does not have a language.
+            ConfigError: If an option is unknown or out of range.
+            InputError: If there are not as many languages as texts.
+        """
+        single = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        for name, given in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+            if not isinstance(given, str) and len(given) != len(texts):
+                raise InputError(
+                    f"{len(texts)} texts were given with {len(given)} values of {name}; give one "
+                    "for all, or one per text"
+                )
+        wanted = options.get("num_return_sequences") or self.generation_config.num_return_sequences
+        results = [
+            [result.text, *(other.text for other in result.alternatives)] if wanted > 1
+            else result.text
+            for result in self.translate_iter(texts, src_lang, tgt_lang, **options)
+        ]  # fmt: skip
+        return results[0] if single else results
+
+    def translate_iter(
+        self,
+        texts: Iterable[str],
+        src_lang: str | Iterable[str],
+        tgt_lang: str | Iterable[str],
+        *,
+        target_prefix: str | Iterable[str] = "",
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        max_input_tokens: int | None = None,
+        split: Split = "auto",
+        show_progress_bar: bool | None = None,
+        **generation_options: Any,  # noqa: ANN401
+    ) -> Iterator[TranslationResult]:
+        """Translate texts lazily, in order; an endless iterable is fine.
+
+        Every sentence is translated on its own: these models were trained on single sentences and
+        drop some of several.
+
+        Args:
+            texts: What to translate.
+            src_lang: Source language, one for all or one per text.
+            tgt_lang: Target language, one for all or one per text.
+            target_prefix: What the translation must begin with, one for all or one per text.
+            batch_size: Most sentences that are generated together; 64.
+            max_batch_tokens: Most padded source tokens that are generated together; 2048.
+            max_input_tokens: Longest sentence; a longer one is cut at clauses and flagged. The
+                smaller of 512 and what the checkpoint names.
+            split: ``"auto"`` cuts texts into sentences, ``"off"`` does not, a callable
+                ``(text, language) -> pieces`` does it its own way.
+            show_progress_bar: On standard error; ``None`` shows it on a terminal only.
+            **generation_options: Fields of ``GenerationConfig`` (``num_beams``,
+                ``max_new_tokens``, ``length_penalty``, ``do_sample``, …); unset ones are the
+                checkpoint's. ``max_new_tokens`` follows the length of the source where unset.
+
+        Yields:
+            One result per text.
+        """
+        config = self.generation_config.merged(**generation_options)
+        batch_size = _positive("batch_size", batch_size, DEFAULT_BATCH_SIZE)
+        budget = _positive("max_batch_tokens", max_batch_tokens, DEFAULT_MAX_BATCH_TOKENS)
+        limit = _positive("max_input_tokens", max_input_tokens, self._longest_input())
+        fits = self._fitting(limit)
+        items = (
+            self._item(text, source, target, prefix, split, fits)
+            for text, source, target, prefix in zip(
+                texts,
+                _each("src_lang", src_lang),
+                _each("tgt_lang", tgt_lang),
+                _each("target_prefix", target_prefix),
+                strict=False,  # texts end first, or _each raises
+            )
+        )
+        total = len(texts) if isinstance(texts, Sequence) else None
+        hidden = None if show_progress_bar is None else not show_progress_bar
+        with tqdm(total=total, unit="text", disable=hidden) as progress:
+            while window := list(islice(items, WINDOW_BATCHES * batch_size)):
+                for result in self._translate_window(window, config, batch_size, budget):
+                    progress.update()
+                    yield result
+
+    def resolve_language(self, name: str) -> str:
+        """Return the model's code for a language.
+
+        Raises:
+            UnsupportedLanguageError: If the model does not know it.
+        """
+        code = self.tokenizer.resolve_language(name)
+        if code not in self.languages:
+            raise UnsupportedLanguageError(
+                f"language {name!r} ({code}) is not one this model was trained on; it knows "
+                f"{', '.join(self.languages)}"
+            )
+        return code
+
+    def _longest_input(self) -> int:
+        return min(LONGEST_INPUT, self.model.config.max_positions)
+
+    def _fitting(self, limit: int) -> Callable[[str], bool]:
+        """Return whether a text takes at most ``limit`` tokens, language and end included."""
+        return lambda text: len(self.tokenizer.encode_text(text)) + 2 <= limit
+
+    def _item(
+        self,
+        text: str,
+        src_lang: str,
+        tgt_lang: str,
+        prefix: str,
+        split: Split,
+        fits: Callable[[str], bool],
+    ) -> _Item:
+        if not isinstance(text, str):
+            raise InputError(f"a text must be a str; found {type(text).__name__}")
+        src_lang, tgt_lang = self.resolve_language(src_lang), self.resolve_language(tgt_lang)
+        return _Item(text, src_lang, tgt_lang, prefix, split_text(text, src_lang, split, fits))
+
+    def _translate_window(
+        self, items: list[_Item], config: GenerationConfig, batch_size: int, max_batch_tokens: int
+    ) -> Iterator[TranslationResult]:
+        jobs: dict[tuple[int, int], _Job] = {
+            (i, j): self._job(item, j, config)
+            for i, item in enumerate(items)
+            for j, segment in enumerate(item.segments)
+            if segment.text
+        }
+        keys = list(jobs)
+        lengths = [len(jobs[key].source_tokens) for key in keys]
+        done: dict[tuple[int, int], list[Hypothesis]] = {}
+        for batch in plan_batches(lengths, batch_size, max_batch_tokens):
+            generated = self._generate([jobs[keys[k]] for k in batch], config)
+            done |= {keys[k]: hypotheses for k, hypotheses in zip(batch, generated, strict=True)}
+        for i, item in enumerate(items):
+            places = [(i, j) for j in range(len(item.segments))]
+            yield self._result(item, [jobs.get(p) for p in places], [done.get(p) for p in places])
+
+    def _job(self, item: _Item, position: int, config: GenerationConfig) -> _Job:
+        source = self.tokenizer.encode_source(
+            item.segments[position].text, item.src_lang, item.tgt_lang
+        )
+        forced = self.tokenizer.forced_tokens(item.tgt_lang)
+        is_first = not any(segment.text for segment in item.segments[:position])
+        if is_first and item.target_prefix:
+            forced = forced + self.tokenizer.encode_text(item.target_prefix)
+        limit = config.new_token_limit
+        if limit is None:
+            limit = len(forced) + OUTPUT_TOKENS_PER_SOURCE_TOKEN * len(source) + OUTPUT_TOKENS_EXTRA
+            limit = max(limit, config.new_token_minimum)
+        pieces = self.tokenizer.encode_text(item.segments[position].text)
+        return _Job(source, forced, limit, pieces.count(self.tokenizer.unk_id), len(pieces))
+
+    @torch.inference_mode()
+    def _generate(self, jobs: list[_Job], config: GenerationConfig) -> list[list[Hypothesis]]:
+        device = self.model.embedding.weight.device
+        source_tokens = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(job.source_tokens) for job in jobs],
+            batch_first=True,
+            padding_value=self.model.config.pad_id,
+        ).to(device)
+        lengths = torch.tensor([len(job.source_tokens) for job in jobs], device=device)
+        mask = torch.arange(source_tokens.shape[1], device=device) < lengths[:, None]
+        return generate(
+            self.model,
+            source_tokens,
+            mask,
+            config,
+            forced_tokens=[job.forced_tokens for job in jobs],
+            max_new_tokens=[job.max_new_tokens for job in jobs],
+        )
+
+    def _result(
+        self, item: _Item, jobs: list[_Job | None], hypotheses: list[list[Hypothesis] | None]
+    ) -> TranslationResult:
+        generated = [found for found in hypotheses if found]
+        if not generated:
+            return TranslationResult(
+                text=item.text,
+                score=0.0,
+                tokens=(),
+                finish_reason="empty",
+                src_lang=item.src_lang,
+                tgt_lang=item.tgt_lang,
+            )
+        flags = _flags([job for job in jobs if job is not None], item.segments)
+        best, *others = (
+            self._ranked(item, [found[rank] if found else None for found in hypotheses], flags)
+            for rank in range(len(generated[0]))
+        )
+        return best if not others else _with_alternatives(best, tuple(others))
+
+    def _ranked(
+        self, item: _Item, hypotheses: list[Hypothesis | None], flags: tuple[str, ...]
+    ) -> TranslationResult:
+        texts = ["" if h is None else self.tokenizer.decode(h.tokens) for h in hypotheses]
+        found = [h for h in hypotheses if h is not None]
+        tokens = sum(len(h.tokens) for h in found)
+        reason = _worst(h.finish_reason for h in found)
+        return TranslationResult(
+            text=join_segments(item.segments, texts, item.tgt_lang),
+            score=sum(h.score * len(h.tokens) for h in found) / max(tokens, 1),
+            tokens=tuple(token for h in found for token in h.tokens),
+            finish_reason=reason,
+            src_lang=item.src_lang,
+            tgt_lang=item.tgt_lang,
+            warnings=flags + REASON_WARNINGS.get(reason, ()),
+        )
+
+
+REASON_WARNINGS: dict[str, tuple[str, ...]] = {
+    "length": ("length: the output reached its limit before it ended; raise max_new_tokens",),
+    "repetition": ("repetition: the output repeats itself; check it against the source",),
+}
+
+
+def _worst(reasons: Iterable[str]) -> FinishReason:
+    found = set(reasons)
+    if "length" in found:
+        return "length"
+    return "repetition" if "repetition" in found else "stop"
+
+
+def _flags(jobs: list[_Job], segments: list[Segment]) -> tuple[str, ...]:
+    flags: list[str] = []
+    parts = sum(segment.was_cut for segment in segments)
+    if parts:
+        flags.append(
+            f"cut: a sentence longer than the model takes was translated in {parts} parts; "
+            "check where they meet"
+        )
+    unknown, pieces = sum(job.unknown_pieces for job in jobs), sum(job.pieces for job in jobs)
+    if unknown > UNKNOWN_SHARE * pieces:
+        flags.append(
+            f"unknown: {unknown} of {pieces} pieces of the source are not in the model's "
+            "vocabulary; the text lies outside what it was trained on"
+        )
+    return tuple(flags)
+
+
+def _with_alternatives(
+    best: TranslationResult, others: tuple[TranslationResult, ...]
+) -> TranslationResult:
+    return TranslationResult(**{**vars(best), "alternatives": others})
+
+
+def _each(name: str, value: str | Iterable[str]) -> Iterator[str]:
+    """Yield one value per text; a single one for ever."""
+    if isinstance(value, str):
+        yield from repeat(value)
+    yield from value
+    raise InputError(f"{name} has fewer values than there are texts; give one for all or one each")
+
+
+def _positive(name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; it must be at least 1")
+    return value
