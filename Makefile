@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test check tiny peers test-peers bench report test-gpu bench-gpu goldens clean
+.PHONY: demo test check tiny peers test-peers bench report test-gpu goldens clean
 
 demo: $(STAMP)
 	$(BIN)/python -m recipes.tiny.demo
@@ -45,6 +45,10 @@ test-peers: $(PEERS)/.installed
 goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py
 	$(PEERS)/bin/python tests/golden/make_model_goldens.py
+
+# On a machine with a GPU: these install nothing and run the python3 they find.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 clean:
 	rm -rf $(VENV) $(PEERS) build .pytest_cache .ruff_cache

@@ -12,7 +12,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -164,10 +163,10 @@ def _named(model: HubModel, files: list[str]) -> tuple[str, str]:
     return what, model.command()
 
 
-def _not_here(model: HubModel, what: str, command: str, why: object = "local_files_only") -> str:
+def _not_here(model: HubModel, what: str, command: str, why: str = "local_files_only") -> str:
     return (
-        f"{model.name} was asked for; {what} has not been downloaded and the hub cannot be asked "
-        f"({why}). Where there is a network, run: {command}"
+        f"{model.name} was asked for; {what} is not in the cache and could not be fetched ({why}). "
+        f"Where there is a network, run: {command}"
     )
 
 
@@ -206,22 +205,23 @@ def _explained(model: HubModel, what: str, command: str) -> Iterator[None]:
     """Turn any failure of the hub into one kind of error that says what to do."""
     try:
         yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        why = error.__cause__ or error
-        raise CheckpointError(_not_here(model, what, command, why)) from error
     except Exception as error:
         # The network's errors have no common base over the range of versions that is supported.
-        revision = f" at revision {model.revision!r}" if model.revision else ""
-        found, to_do = _explanation(error)
-        raise CheckpointError(
-            f"{model.name}{revision} was asked for; {found}: {to_do.format(name=model.name)}"
-        ) from error
+        behind = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        raise CheckpointError(_message(model, what, command, behind or error)) from error
 
 
-def _explanation(error: Exception) -> tuple[str, str]:
+def _message(model: HubModel, what: str, command: str, error: BaseException) -> str:
+    revision = f" at revision {model.revision!r}" if model.revision else ""
     for kind, found, to_do in EXPLANATIONS:
         if isinstance(error, kind):
-            return found, to_do
+            to_do = to_do.format(name=model.name)
+            return f"{model.name}{revision} was asked for; {found}: {to_do}"
+    why = " ".join(f"{type(error).__name__}: {error}".split())
     status = getattr(getattr(error, "response", None), "status_code", None)
-    to_do = "run `hf auth login` or pass token=" if status in (401, 403) else "try again"
-    return f"the hub could not be read ({type(error).__name__}: {error})", to_do
+    if status in (401, 403):
+        return (
+            f"{model.name}{revision} was asked for; the hub refuses ({why}): run `hf auth login` "
+            "or pass token="
+        )
+    return _not_here(model, what, command, why)

@@ -199,15 +199,14 @@ def _reading(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise CheckpointError(_damaged(path, str(error))) from error
     except pickle.UnpicklingError as error:
-        named = re.search(
-            r"GLOBAL (\S+)|[Uu]nsupported (?:class|global|operand)[^.\n]*", str(error)
-        )
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
-            raise CheckpointError(_damaged(path, "its pickle cannot be read")) from error
+            found = "its pickle is cut short, or holds something else than tensors"
+            raise CheckpointError(_damaged(path, found)) from error
         raise CheckpointError(
-            f"{path} is no file of tensors alone: its pickle names {named[1] or named[0]}. Code "
-            "in pickles is never run here; get the weights as .safetensors, or from a source that "
-            "stores only tensors"
+            f"{path} is no file of tensors alone: its pickle names {named[1]}. Code in pickles is "
+            "never run here; get the weights as .safetensors, or from a source that stores only "
+            "tensors"
         ) from error
     except Exception as error:
         found = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -31,8 +31,9 @@ COMPANIONS = (
 OPTIONS: dict[str, tuple[type, Any, str]] = {
     "steps": (int, 1000, "optimizer steps"),
     "max_batch_tokens": (int, 4096, "most padded tokens of one side in a batch"),
-    "learning_rate": (float, 1e-4, "peak learning rate; it falls on a half cosine to zero"),
+    "learning_rate": (float, 1e-4, "peak learning rate"),
     "warmup_steps": (int, 100, "steps of linear warm-up"),
+    "decay_fraction": (float, 0.3, "share of the steps in which the rate falls to zero at last"),
     "label_smoothing": (float, 0.1, "label smoothing"),
     "weight_decay": (float, 0.0, "decoupled weight decay"),
     "clip_norm": (float, 1.0, "largest gradient norm"),

@@ -55,7 +55,7 @@ class BeamSearch:
         self.finished = FinishedBeams(shape, capacity=max(limits), device=device)
         self.limits = torch.tensor(limits, device=device)
         penalties = [limit**config.length_penalty for limit in limits]
-        self.limit_penalties = torch.tensor(penalties, device=device)[:, None]
+        self.limit_penalties = torch.tensor(penalties, device=device)
         self.can_improve = torch.ones(len(limits), dtype=torch.bool, device=device)
         self.done = torch.zeros_like(self.can_improve)
 
@@ -116,8 +116,8 @@ class BeamSearch:
         penalty = length**self.config.length_penalty
         if self.config.early_stopping == "never" and self.config.length_penalty > 0:
             penalty = self.limit_penalties
-        hope = self.scores[:, :1] / penalty
-        hopeful = (hope > self.finished.worst_scores()).any(-1)
+        hope = self.scores[:, 0] / penalty
+        hopeful = hope > self.finished.worst_scores()
         self.can_improve = self.can_improve & hopeful & ~at_limit
         self.done = ~self.can_improve
         if self.config.early_stopping is True:

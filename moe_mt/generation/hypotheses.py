@@ -88,8 +88,8 @@ class FinishedBeams:
         return self.filled.all(-1)
 
     def worst_scores(self) -> Tensor:
-        """Return (B, slots) float32: the worst score, and for empty slots one that always loses."""
-        return torch.where(self.filled, self.scores.amin(-1, keepdim=True), NEVER)
+        """Return (B,) float32: the score to beat, which anything does while a slot is empty."""
+        return self.scores[:, -1]
 
     def merge(self, tokens: Tensor, scores: Tensor, ended: Tensor) -> None:
         """Let candidates compete with what the slots hold.

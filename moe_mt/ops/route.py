@@ -98,7 +98,8 @@ def route(
     if capacity is not None and capacity < router_logits.shape[0]:
         order = probs.amax(-1).argsort(descending=True, stable=True) if batch_prioritized else None
         kept &= _slots(expert_ids, kept, num_experts, order) < capacity
-    gates = gates * kept
+    # Not a product: a padded token may hold NaN, and a dropped gate is zero whatever it was.
+    gates = gates.masked_fill(~kept, 0)
     if not normalize_before_dropping:
         gates = _normalize(gates)
     return expert_ids.masked_fill(~kept, num_experts).to(torch.int32), gates

@@ -26,8 +26,8 @@ class SpecialTokens:
         self.ids = dict(ids)
         self.tokens = {token_id: token for token, token_id in self.ids.items()}
         self._language_tokens = frozenset(language_tokens)
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        # No special token begins another, so the order of the alternatives does not matter.
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, self.ids))})")
 
     def tokenize(self, text: str, encode: Callable[[str], list[str]]) -> list[str]:
         """Split text at special tokens and encode what lies between."""

@@ -1,6 +1,5 @@
 """The loop: batches in, better weights out."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +30,11 @@ class TrainingConfig:
     """Peak learning rate."""
 
     warmup_steps: int = 100
-    """Steps of linear warm-up to the peak; behind it the rate falls on a half cosine to zero."""
+    """Steps of linear warm-up to the peak, which then holds."""
+
+    decay_fraction: float = 0.3
+    """Share of all steps, the last ones, in which the rate falls linearly to zero. A constant
+    rate before them keeps the length of a training open (Hägele et al., arXiv:2405.18392)."""
 
     label_smoothing: float = 0.1
     """Probability mass that is spread over the vocabulary."""
@@ -50,8 +53,9 @@ class TrainingConfig:
         for name in ("steps", "max_batch_tokens", "learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        for name in ("label_smoothing", "decay_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +215,5 @@ class Trainer:
         config = self.config
         if self.step < config.warmup_steps:
             return config.learning_rate * (self.step + 1) / config.warmup_steps
-        span = max(1, config.steps - config.warmup_steps)
-        progress = (self.step - config.warmup_steps) / span
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        decay_steps = max(1.0, config.decay_fraction * config.steps)
+        return config.learning_rate * min(1.0, (config.steps - self.step) / decay_steps)

@@ -1,6 +1,6 @@
 """The translator: text in, results in the same order out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -32,6 +32,12 @@ OUTPUT_TOKENS_EXTRA = 32
 
 UNKNOWN_SHARE = 0.5
 """Share of unknown pieces above which a text lies outside what the model can read."""
+
+SPACE_PIECE = "▁"
+"""Stands before a run of unknown characters, and is known in every text."""
+
+SPECIAL_PIECES = 2
+"""What a source has besides its text: the language and the end."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,16 @@ class Translator:
         """
         single = isinstance(text, str)
         texts = [text] if isinstance(text, str) else list(text)
-        for name, given in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+        prefix = options.get("target_prefix", "")
+        per_text = {"src_lang": src_lang, "tgt_lang": tgt_lang, "target_prefix": prefix}
+        for name, given in per_text.items():
             if not isinstance(given, str) and len(given) != len(texts):
                 raise InputError(
                     f"{len(texts)} texts were given with {len(given)} values of {name}; give one "
                     "for all, or one per text"
                 )
+        if single:
+            options.setdefault("show_progress_bar", False)
         wanted = options.get("num_return_sequences") or self.generation_config.num_return_sequences
         results = [
             [result.text, *(other.text for other in result.alternatives)] if wanted > 1
@@ -161,16 +171,22 @@ class Translator:
                 ``max_new_tokens``, ``length_penalty``, ``do_sample``, …); unset ones are the
                 checkpoint's. ``max_new_tokens`` follows the length of the source where unset.
 
-        Yields:
-            One result per text.
+        Returns:
+            One result per text, as they are asked for.
+
+        Raises:
+            UnsupportedLanguageError: If the model does not have a language.
+            ConfigError: If an option is unknown or out of range; at once, before a text is read.
+            InputError: If a text is no str, or there are fewer languages than texts.
         """
+        if isinstance(texts, str):
+            raise InputError("texts is one str; give an iterable of texts, or call translate")
         config = self.generation_config.merged(**generation_options)
         batch_size = _positive("batch_size", batch_size, DEFAULT_BATCH_SIZE)
         budget = _positive("max_batch_tokens", max_batch_tokens, DEFAULT_MAX_BATCH_TOKENS)
         limit = _positive("max_input_tokens", max_input_tokens, self._longest_input())
-        fits = self._fitting(limit)
         items = (
-            self._item(text, source, target, prefix, split, fits)
+            self._item(text, source, target, prefix, split, limit)
             for text, source, target, prefix in zip(
                 texts,
                 _each("src_lang", src_lang),
@@ -181,11 +197,7 @@ class Translator:
         )
         total = len(texts) if isinstance(texts, Sequence) else None
         hidden = None if show_progress_bar is None else not show_progress_bar
-        with tqdm(total=total, unit="text", disable=hidden) as progress:
-            while window := list(islice(items, WINDOW_BATCHES * batch_size)):
-                for result in self._translate_window(window, config, batch_size, budget):
-                    progress.update()
-                    yield result
+        return self._results(items, config, batch_size, budget, total=total, hidden=hidden)
 
     def resolve_language(self, name: str) -> str:
         """Return the model's code for a language.
@@ -204,9 +216,21 @@ class Translator:
     def _longest_input(self) -> int:
         return min(LONGEST_INPUT, self.model.config.max_positions)
 
-    def _fitting(self, limit: int) -> Callable[[str], bool]:
-        """Return whether a text takes at most ``limit`` tokens, language and end included."""
-        return lambda text: len(self.tokenizer.encode_text(text)) + 2 <= limit
+    def _results(
+        self,
+        items: Iterator[_Item],
+        config: GenerationConfig,
+        batch_size: int,
+        max_batch_tokens: int,
+        *,
+        total: int | None,
+        hidden: bool | None,
+    ) -> Iterator[TranslationResult]:
+        with tqdm(total=total, unit="text", disable=hidden) as progress:
+            while window := list(islice(items, WINDOW_BATCHES * batch_size)):
+                for result in self._translate_window(window, config, batch_size, max_batch_tokens):
+                    progress.update()
+                    yield result
 
     def _item(
         self,
@@ -215,12 +239,19 @@ class Translator:
         tgt_lang: str,
         prefix: str,
         split: Split,
-        fits: Callable[[str], bool],
+        max_input_tokens: int,
     ) -> _Item:
         if not isinstance(text, str):
             raise InputError(f"a text must be a str; found {type(text).__name__}")
         src_lang, tgt_lang = self.resolve_language(src_lang), self.resolve_language(tgt_lang)
-        return _Item(text, src_lang, tgt_lang, prefix, split_text(text, src_lang, split, fits))
+        segments = split_text(
+            text,
+            src_lang,
+            split,
+            lambda part: len(self.tokenizer.encode_text(part)),
+            max_input_tokens - SPECIAL_PIECES,
+        )
+        return _Item(text, src_lang, tgt_lang, prefix, segments)
 
     def _translate_window(
         self, items: list[_Item], config: GenerationConfig, batch_size: int, max_batch_tokens: int
@@ -242,9 +273,8 @@ class Translator:
             yield self._result(item, [jobs.get(p) for p in places], [done.get(p) for p in places])
 
     def _job(self, item: _Item, position: int, config: GenerationConfig) -> _Job:
-        source = self.tokenizer.encode_source(
-            item.segments[position].text, item.src_lang, item.tgt_lang
-        )
+        text = item.segments[position].text
+        source = self.tokenizer.encode_source(text, item.src_lang, item.tgt_lang)
         forced = self.tokenizer.forced_tokens(item.tgt_lang)
         is_first = not any(segment.text for segment in item.segments[:position])
         if is_first and item.target_prefix:
@@ -253,7 +283,9 @@ class Translator:
         if limit is None:
             limit = len(forced) + OUTPUT_TOKENS_PER_SOURCE_TOKEN * len(source) + OUTPUT_TOKENS_EXTRA
             limit = max(limit, config.new_token_minimum)
-        pieces = self.tokenizer.encode_text(item.segments[position].text)
+        ids = self.tokenizer.encode_text(text)
+        spelled = zip(self.tokenizer.tokenize(text), ids, strict=True)
+        pieces = [token_id for piece, token_id in spelled if piece != SPACE_PIECE]
         return _Job(source, forced, limit, pieces.count(self.tokenizer.unk_id), len(pieces))
 
     @torch.inference_mode()
@@ -290,8 +322,12 @@ class Translator:
             )
         flags = _flags([job for job in jobs if job is not None], item.segments)
         best, *others = (
-            self._ranked(item, [found[rank] if found else None for found in hypotheses], flags)
-            for rank in range(len(generated[0]))
+            self._ranked(
+                item,
+                [found[min(rank, len(found) - 1)] if found else None for found in hypotheses],
+                flags,
+            )
+            for rank in range(max(len(found) for found in generated))
         )
         return best if not others else _with_alternatives(best, tuple(others))
 
@@ -301,29 +337,24 @@ class Translator:
         texts = ["" if h is None else self.tokenizer.decode(h.tokens) for h in hypotheses]
         found = [h for h in hypotheses if h is not None]
         tokens = sum(len(h.tokens) for h in found)
-        reason = _worst(h.finish_reason for h in found)
+        reasons = [r for r in REASON_WARNINGS if r in {h.finish_reason for h in found}]
         return TranslationResult(
-            text=join_segments(item.segments, texts, item.tgt_lang),
+            text=join_segments(item.segments, texts, item.src_lang, item.tgt_lang),
             score=sum(h.score * len(h.tokens) for h in found) / max(tokens, 1),
             tokens=tuple(token for h in found for token in h.tokens),
-            finish_reason=reason,
+            finish_reason=reasons[0],
             src_lang=item.src_lang,
             tgt_lang=item.tgt_lang,
-            warnings=flags + REASON_WARNINGS.get(reason, ()),
+            warnings=flags + tuple(REASON_WARNINGS[r] for r in reasons if REASON_WARNINGS[r]),
         )
 
 
-REASON_WARNINGS: dict[str, tuple[str, ...]] = {
-    "length": ("length: the output reached its limit before it ended; raise max_new_tokens",),
-    "repetition": ("repetition: the output repeats itself; check it against the source",),
+REASON_WARNINGS: dict[FinishReason, str] = {
+    "length": "length: the output reached its limit before it ended; raise max_new_tokens",
+    "repetition": "repetition: the output repeats itself; check it against the source",
+    "stop": "",
 }
-
-
-def _worst(reasons: Iterable[str]) -> FinishReason:
-    found = set(reasons)
-    if "length" in found:
-        return "length"
-    return "repetition" if "repetition" in found else "stop"
+"""What each reason is worth saying; where sentences differ, the first is the text's."""
 
 
 def _flags(jobs: list[_Job], segments: list[Segment]) -> tuple[str, ...]:

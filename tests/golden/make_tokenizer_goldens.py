@@ -114,6 +114,7 @@ TEXTS = [
     "<mask>",
     " <mask><mask> <mask>",
     "</s> <mask>",
+    "a next line\x85<mask>\x85 is white space to Python only",
     "eng_Latn",
     "speak fra_Latn now",
     "xeng_Latnx and eng_Latneng_Latn",

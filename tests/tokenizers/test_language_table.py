@@ -44,7 +44,7 @@ def test_every_code_and_name_stands_for_itself(family):
     table = TABLES[family]
     for code, name in list_languages(family):
         spellings = [code, code.upper(), code.lower(), code.replace("_", "-"), f"__{code}__"]
-        spellings += [f" {code} ", name, name.upper(), name.replace(" ", "-")]
+        spellings += [f" {code} ", name, name.upper(), name.replace(" ", "_")]
         assert {spelling: table.resolve(spelling) for spelling in spellings} == dict.fromkeys(
             spellings, code
         )

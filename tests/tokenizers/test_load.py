@@ -30,6 +30,11 @@ WORDS = 542  # entries of the goldens' vocab.json
         {"config": {"model_type": "nllb-moe"}},
         {"config": {"model_type": "nllb_moe"}},  # the first revision's spelling
         {
+            # A distilled NLLB of SMaLL-100's shape.
+            "tokenizer_config": {"tokenizer_class": "NllbTokenizer"},
+            "config": {"d_model": 1024, "encoder_layers": 12, "decoder_layers": 3},
+        },
+        {
             "tokenizer_config": {"tokenizer_class": "TokenizersBackend"},
             "config": {"model_type": "nllb-moe"},
         },

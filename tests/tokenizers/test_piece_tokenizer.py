@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_mt.errors import InputError
-from moe_mt.tokenizers import NllbTokenizer, SentencePieceModel, Tokenizer
+from moe_mt.tokenizers import M2M100Tokenizer, NllbTokenizer, SentencePieceModel, Tokenizer
 
 FAMILIES = ("nllb", "nllb_legacy", "m2m100", "wmt21", "small100")
 SPECIAL_LOOKING = ("</s>", "<s>", "<mask>", "<pad>", "<unk>", "eng_Latn", "__en__", "＜/s＞")
@@ -75,7 +75,7 @@ def test_a_lone_surrogate_is_refused_with_its_place(tokenizers, family, text):
             tokenizers[family].encode_text(text, special_tokens_in_text=special_tokens_in_text)
 
 
-def test_a_run_of_unknown_characters_that_spells_a_special_token_stays_text(pieces):
+def test_a_run_of_unknown_characters_that_spells_a_special_token_stays_text(word_ids):
     # Sentencepiece returns such a run as it stands: with "<", "/", "s" and ">" all unknown to the
     # model, the piece is "</s>" itself.
     class KnowsNothing(SentencePieceModel):
@@ -94,11 +94,11 @@ def test_a_run_of_unknown_characters_that_spells_a_special_token_stays_text(piec
             # As sentencepiece numbers its control pieces.
             return {"<s>": 1, "</s>": 2}.get(piece, 0)
 
-    tokenizer = NllbTokenizer(KnowsNothing())
-    for text in ("</s>", "<s>", "eng_Latn", "<mask>"):
-        assert tokenizer.encode_text(text) == [tokenizer.unk_id]
-    # transformers looks the same pieces up among its special tokens.
-    assert tokenizer.encode_text("</s>", special_tokens_in_text=True) == [tokenizer.eos_id]
+    for tokenizer in (NllbTokenizer(KnowsNothing()), M2M100Tokenizer(KnowsNothing(), word_ids)):
+        for text in tokenizer.special_tokens:
+            assert tokenizer.encode_text(text) == [tokenizer.unk_id]
+        # transformers looks the same pieces up among its special tokens.
+        assert tokenizer.encode_text("</s>", special_tokens_in_text=True) == [tokenizer.eos_id]
 
 
 def test_a_very_long_text_is_encoded_whole(tokenizers):

@@ -1,0 +1,55 @@
+"""Run the benchmarks, record them, and compare: ``python -m benchmarks [PART ...]``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record
+
+HERE = Path(__file__).parent
+RAW = HERE.parent / "build" / "benchmarks.json"
+
+
+def main() -> int:
+    """Run what was asked for; return pytest's exit code, or the recorder's."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parts = sorted(path.parent.name for path in HERE.glob("*/bench_*.py"))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", help="float32 on the CPU and bfloat16 on a GPU where unset")
+    parser.add_argument("--commit", help="the commit measured, for a copy without its history")
+    parser.add_argument("-k", dest="expression", help="measure only what matches, as in pytest")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder to write to")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if something was lost")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose from {parts}")
+    RAW.parent.mkdir(parents=True, exist_ok=True)
+    RAW.unlink(missing_ok=True)
+    failed = pytest.main(_pytest_arguments(options, parts))
+    if not RAW.exists() or not RAW.stat().st_size:
+        return int(failed) or 1
+    lost = record.main(
+        [str(RAW), "--results", str(options.results), *(["--strict"] if options.strict else [])]
+    )
+    return int(failed) or lost
+
+
+def _pytest_arguments(options: argparse.Namespace, parts: list[str]) -> list[str]:
+    given = {"--device": options.device, "--dtype": options.dtype, "--commit": options.commit}
+    return [
+        *(str(HERE / part) for part in options.parts or parts),
+        *("-o", "python_files=bench_*.py", "-o", "addopts=", "-p", "no:cacheprovider", "-rs", "-q"),
+        "--benchmark-timer=benchmarks.timing.synchronized",
+        "--benchmark-disable-gc",
+        "--benchmark-columns=median,iqr,rounds",
+        f"--benchmark-json={RAW}",
+        *(part for name, value in given.items() if value for part in (name, value)),
+        *(("-k", options.expression) if options.expression else ()),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""From committed results to tables and pictures: ``python -m benchmarks.report``.
+
+Rewrites the block between the two markers of README.md, docs/benchmarks.md, and the pictures in
+docs/images. No number in them is typed by hand, and each carries its signature.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import plot_layer, plot_translate
+from benchmarks.record import RESULTS, RecordError, newest_rows
+from benchmarks.signature import device_slug, merge_signatures, parse_signature
+
+__all__ = ["END", "START", "ReportError", "main", "render_docs", "render_readme", "replace_block"]
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+
+
+class ReportError(ValueError):
+    """A report that cannot be written, and what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """How the rows of one benchmark are shown."""
+
+    benchmark: str
+    """Beginning of the names of its rows."""
+
+    title: str
+    sizes: tuple[str, ...]
+    """Fields of the signature that tell its rows apart, in sorting order."""
+
+    columns: dict[str, Callable[[Row], str]]
+    plot: tuple[str, Callable[[Sequence[Row], Path], None]] | None = None
+    in_readme: bool = False
+
+    def groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """Return the rows of this table under what they were measured on, in order of size."""
+        found: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["name"].startswith(self.benchmark):
+                found.setdefault(_setting(row), []).append(row)
+        return {name: sorted(found[name], key=self._order) for name in sorted(found)}
+
+    def render(self, rows: Sequence[Row]) -> list[str]:
+        """Return one group of rows as lines of Markdown, signature last."""
+        header = [*self.sizes, *self.columns]
+        lines = [f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
+        for row in rows:
+            fields = parse_signature(row["signature"])
+            cells = [fields[size] for size in self.sizes]
+            cells += [show(row) for show in self.columns.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+        signature = merge_signatures(row["signature"] for row in rows)
+        lines += ["", f"Signature: `{signature}`"]
+        scores = dict.fromkeys(row["chrf_signature"] for row in rows if "chrf_signature" in row)
+        return [*lines, *(f"chrF++: `{score}`" for score in scores)]
+
+    def picture(self, setting: str) -> str:
+        """Return the file name of the picture of a group; empty where there is none."""
+        return f"{self.plot[0]}-{device_slug(setting)}.svg" if self.plot else ""
+
+    def _order(self, row: Row) -> list[int]:
+        fields = parse_signature(row["signature"])
+        return [int(fields[size]) for size in self.sizes]
+
+
+def _setting(row: Row) -> str:
+    """Return what rows of one group share: device, model, precision and threads."""
+    fields = parse_signature(row["signature"])
+    threads = [f"{fields['threads']} threads"] if "threads" in fields else []
+    return ", ".join([fields["device"], fields["model"], fields["dtype"], *threads])
+
+
+def _number(value: float) -> str:
+    """Return three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _milliseconds(spread: dict[str, float]) -> str:
+    low, middle, high = (_number(1e3 * spread[key]) for key in ("q1", "median", "q3"))
+    return f"{middle} ({low} – {high})"
+
+
+def _megabytes(count: float) -> str:
+    return _number(count / 1e6)
+
+
+def _per_second(count: float, row: Row) -> float:
+    return count / row["seconds"]["median"]
+
+
+LAYER_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms (quartiles)": lambda row: _milliseconds(row["seconds"]),
+    "extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
+}
+ROOFLINE_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "weights read, GB/s": lambda row: _number(
+        _per_second(row["figures"]["weight_bytes_read"], row) / 1e9
+    ),
+    "GFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e9),
+}
+PEER_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "peer, ms (quartiles)": lambda row: _milliseconds(row["peer"]["seconds"]),
+    "peer, extra MB": lambda row: _megabytes(row["peer"]["extra_bytes"]),
+    "times as fast (quartiles)": lambda row: (
+        f"**{row['speedup']['median']:.2f}** "
+        f"({row['speedup']['q1']:.2f} – {row['speedup']['q3']:.2f})"
+    ),
+    "share of its memory": lambda row: (
+        f"**{row['figures']['extra_bytes'] / row['peer']['extra_bytes']:.1%}**"
+    ),
+}
+TRANSLATE_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "sentences/s": lambda row: _number(_per_second(row["figures"]["sentences"], row)),
+    "tokens/s": lambda row: _number(_per_second(row["figures"]["tokens"], row)),
+    "weights, MB": lambda row: _megabytes(row["figures"]["weight_bytes"]),
+    "peak extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
+    "chrF++": lambda row: f"{row['figures']['chrf']:.1f}",
+    "exact match": lambda row: f"{row['figures']['exact_match']:.1%}",
+}
+
+TABLES = (
+    Table(
+        benchmark="moe/bench_layer.py::test_layer_beside_transformers[",
+        title="One mixture-of-experts layer beside the one of transformers 4.57",
+        sizes=("T",),
+        columns=LAYER_COLUMNS | PEER_COLUMNS,
+        plot=("layer", plot_layer),
+        in_readme=True,
+    ),
+    Table(
+        benchmark="moe/bench_layer.py::test_layer[",
+        title="One mixture-of-experts layer, alone",
+        sizes=("T",),
+        columns=LAYER_COLUMNS | ROOFLINE_COLUMNS,
+    ),
+    Table(
+        benchmark="end_to_end/bench_translate.py::test_translate[",
+        title="The tiny model on its held-out sentences",
+        sizes=("batch", "beam", "sentences"),
+        columns=TRANSLATE_COLUMNS,
+        plot=("translate", plot_translate),
+        in_readme=True,
+    ),
+)
+
+DOCS_HEAD = """# Benchmarks
+
+Written by `make report` from the files in `benchmarks/results`. How to measure, what a timing
+leaves out and how to read a signature: [benchmarks/README.md](../benchmarks/README.md). Figures
+that nobody has measured yet: [open.md](../benchmarks/results/open.md).
+
+Times are medians with quartiles; MB are 10^6 bytes. Extra memory is the most that a call holds
+beyond what was held before it. In the comparison both layers run on the same weights in the same
+process, in turns, and "times as fast" is the median of the ratios round by round.
+
+"""
+
+
+def render_readme(rows: Sequence[Row]) -> str:
+    """Return the block of README.md: the tables that matter most."""
+    chosen = [table for table in TABLES if table.in_readme]
+    return _render(rows, chosen, heading="###", images="docs/images")
+
+
+def render_docs(rows: Sequence[Row]) -> str:
+    """Return docs/benchmarks.md."""
+    return DOCS_HEAD + _render(rows, TABLES, heading="##", images="images") + "\n"
+
+
+def _render(rows: Sequence[Row], tables: Sequence[Table], *, heading: str, images: str) -> str:
+    lines: list[str] = []
+    for table in tables:
+        groups = table.groups(rows)
+        lines += [f"{heading} {table.title}", ""] if groups else []
+        for setting, mine in groups.items():
+            lines += [f"**{setting}**", "", *table.render(mine), ""]
+            if table.plot:
+                lines += [f"![{table.title}]({images}/{table.picture(setting)})", ""]
+    return "\n".join(lines).strip()
+
+
+def replace_block(text: str, block: str) -> str:
+    """Return ``text`` with what stands between the markers replaced.
+
+    Raises:
+        ReportError: If the markers are not there once each, in order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ReportError(
+            f"the tables go between the lines {START} and {END}, once each and in this order; "
+            f"found {text.count(START)} and {text.count(END)}. Put them into README.md"
+        )
+    before, rest = text.split(START)
+    return f"{before}{START}\n\n{block.strip()}\n\n{END}{rest.split(END)[1]}"
+
+
+def load_rows(results: Path) -> list[Row]:
+    """Return the newest rows of every device.
+
+    Raises:
+        ReportError: If there are none.
+    """
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    rows = [row for folder in folders for row in newest_rows(folder)]
+    if not rows:
+        raise ReportError(f"no results lie in {results}; measure first: make bench")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write README block, documentation and pictures; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    options = parser.parse_args(arguments)
+    readme, docs = options.root / "README.md", options.root / "docs"
+    try:
+        rows = load_rows(options.results)
+        text = replace_block(readme.read_text(encoding="utf-8"), render_readme(rows))
+    except (ReportError, RecordError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    for table in TABLES:
+        if table.plot:
+            for setting, mine in table.groups(rows).items():
+                table.plot[1](mine, docs / "images" / table.picture(setting))
+    readme.write_text(text, encoding="utf-8")
+    (docs / "benchmarks.md").write_text(render_docs(rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

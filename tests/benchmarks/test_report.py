@@ -1,0 +1,207 @@
+"""From rows to README, documentation and pictures."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import report
+from benchmarks.record import write_rows
+from benchmarks.report import END, START, ReportError, render_docs, render_readme, replace_block
+
+README = f"# Title\n\nBefore.\n\n{START}\nold table\n{END}\n\nAfter.\n"
+
+
+def spread(middle):
+    return {"median": middle, "q1": 0.9 * middle, "q3": 1.1 * middle, "rounds": 9}
+
+
+def signature(model, sizes, *, dtype="float32", peer=""):
+    return (
+        f"model:{model}|dtype:{dtype}|{sizes}|device:Fast CPU, 2 cores|threads:2|torch:2.13.0"
+        f"{peer}|commit:1a2b3c4|v:0.1.0"
+    )
+
+
+def layer_row(tokens, *, beside=True, dtype="float32"):
+    row = {
+        "name": f"moe/bench_layer.py::test_layer{'_beside_transformers' * beside}[T{tokens}]",
+        "date": "2026-11-21",
+        "seconds": spread(0.001 * tokens),
+        "signature": signature(
+            "layer", f"T:{tokens}", dtype=dtype, peer="|peer:transformers-4.57.1" * beside
+        ),
+        "figures": {"extra_bytes": 10_000 * tokens, "weight_bytes_read": 10**9, "flops": 10**10},
+    }
+    if beside:
+        row["peer"] = {
+            **{"name": "transformers-4.57.1", "seconds": spread(0.002 * tokens)},
+            "extra_bytes": 500_000 * tokens,
+        }
+        row["speedup"] = spread(2.0)
+    return row
+
+
+def translate_row(batch, beam):
+    return {
+        "name": f"end_to_end/bench_translate.py::test_translate[batch{batch}-beam{beam}]",
+        "date": "2026-11-21",
+        "seconds": spread(4.0),
+        "signature": signature("tiny", f"batch:{batch}|beam:{beam}|sentences:480"),
+        "figures": {
+            **{"sentences": 480, "tokens": 4800, "weight_bytes": 9_000_000},
+            **{"extra_bytes": 20_000_000, "chrf": 98.76, "exact_match": 0.955},
+        },
+        "chrf_signature": "nrefs:1|case:mixed|version:2.6.0",
+    }
+
+
+ROWS = [
+    *[layer_row(tokens) for tokens in (2048, 4, 32)],
+    *[layer_row(tokens, beside=False) for tokens in (4, 32)],
+    *[translate_row(32, 4), translate_row(1, 1)],
+]
+
+
+def table_rows(text, first_cell):
+    return re.findall(rf"^\| {first_cell} \|.*$", text, re.MULTILINE)
+
+
+def test_the_readme_shows_the_comparison_with_its_ratio_and_memory():
+    text = render_readme(ROWS)
+    assert table_rows(text, 4) == [
+        "| 4 | 4.00 (3.60 – 4.40) | 0.04 | 8.00 (7.20 – 8.80) | 2.00 | **2.00** (1.80 – 2.20) "
+        "| **2.0%** |"
+    ]
+
+
+def test_speed_memory_and_quality_stand_in_one_row():
+    text = render_readme(ROWS)
+    assert table_rows(text, 32)[-1] == (
+        "| 32 | 4 | 480 | 120 | 1,200 | 9.00 | 20.0 | 98.8 | 95.5% |"
+    )
+
+
+def test_rows_are_ordered_by_size_not_by_text():
+    found = re.findall(r"^\| (\d+) \| \d", render_readme(ROWS), re.MULTILINE)
+    assert found == ["4", "32", "2048", "1", "32"]
+
+
+def test_every_table_carries_its_signature():
+    for text in (render_readme(ROWS), render_docs(ROWS)):
+        tables = text.count("---:|\n")
+        assert tables == text.count("Signature: `model:")
+        assert "|T:4,32,2048|" in text
+        assert "commit:1a2b3c4" in text
+        assert "chrF++: `nrefs:1|case:mixed|version:2.6.0`" in text
+
+
+def test_the_documentation_also_shows_the_layer_alone_with_its_roofline():
+    assert table_rows(render_docs(ROWS), 4)[1] == "| 4 | 4.00 (3.60 – 4.40) | 0.04 | 250 | 2,500 |"
+    assert len(table_rows(render_readme(ROWS), 4)) == 1
+
+
+def test_precisions_get_a_table_each():
+    text = render_docs([layer_row(4), layer_row(4, dtype="bfloat16")])
+    assert text.count("---:|\n") == 2
+    assert "Fast CPU, 2 cores, layer, bfloat16, 2 threads" in text
+
+
+def test_a_device_without_a_peer_leaves_no_empty_table():
+    text = render_readme([layer_row(4, beside=False), translate_row(1, 1)])
+    assert "transformers" not in text
+    assert "tiny" in text
+
+
+def test_only_what_stands_between_the_markers_changes():
+    assert replace_block(README, "new table\n") == (
+        f"# Title\n\nBefore.\n\n{START}\n\nnew table\n\n{END}\n\nAfter.\n"
+    )
+
+
+def test_replacing_twice_is_replacing_once():
+    once = replace_block(README, "table")
+    assert replace_block(once, "table") == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        f"{START} and no end",
+        f"no start and {END}",
+        f"{END} the wrong way round {START}",
+        f"{START} {END} and again {START} {END}",  # which one?
+    ],
+)
+def test_missing_markers_are_an_error_that_says_what_to_do(text):
+    with pytest.raises(ReportError, match=r"benchmarks:start.*benchmarks:end.*README"):
+        replace_block(text, "table")
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "open.md").write_text("# Not yet measured\n")  # no result, no error
+    return tmp_path
+
+
+def make_report(project):
+    return report.main(["--root", str(project), "--results", str(project / "results")])
+
+
+def written(project):
+    paths = [project / "README.md", *(project / "docs").rglob("*.*")]
+    return {str(path.relative_to(project)): path.read_bytes() for path in paths}
+
+
+def test_the_report_writes_readme_documentation_and_pictures(project):
+    write_rows(ROWS, project / "results")
+    assert make_report(project) == 0
+    files = written(project)
+    setting = "fast-cpu-2-cores"
+    layer = f"docs/images/layer-{setting}-layer-float32-2-threads.svg"
+    translate = f"docs/images/translate-{setting}-tiny-float32-2-threads.svg"
+    assert set(files) == {"README.md", "docs/benchmarks.md", layer, translate}
+    readme, docs = files["README.md"].decode(), files["docs/benchmarks.md"].decode()
+    assert f"({layer})" in readme
+    assert f"({layer.removeprefix('docs/')})" in docs
+    assert "old table" not in readme
+    assert "transformers-4.57.1" in files[layer].decode()
+    assert "chrF++ 98.8" in files[translate].decode()
+
+
+def test_the_same_results_give_the_same_bytes(project):
+    write_rows(ROWS, project / "results")
+    make_report(project)
+    first = written(project)
+    make_report(project)
+    assert written(project) == first
+    for name, content in first.items():
+        assert not re.search(rb"\d\d:\d\d:\d\d|dc:date", content), name
+
+
+def test_newer_versions_replace_older_ones(project):
+    slow = json.loads(json.dumps(layer_row(4)).replace("v:0.1.0", "v:0.0.9"))
+    slow["seconds"] = spread(77.0)
+    write_rows([slow], project / "results")
+    write_rows([layer_row(4)], project / "results")
+    make_report(project)
+    assert len(table_rows((project / "README.md").read_text(), 4)) == 1
+    assert "77,000" not in (project / "README.md").read_text()
+
+
+def test_without_results_nothing_is_written(project, capsys):
+    assert make_report(project) == 1
+    assert "make bench" in capsys.readouterr().err
+    assert (project / "README.md").read_text() == README
+
+
+def test_a_readme_without_markers_is_left_alone(project, capsys):
+    write_rows(ROWS, project / "results")
+    (project / "README.md").write_text("# Title\n")
+    assert make_report(project) == 1
+    assert START in capsys.readouterr().err
+    assert (project / "README.md").read_text() == "# Title\n"
+    assert not (project / "docs").exists()

@@ -1,0 +1,24 @@
+"""What every test shares: one thread, fresh memory that is poison, and the opt-in real weights."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("published weights")
+    group.addoption("--model", help="hub id or folder for -m real_weights")
+    group.addoption("--device", default="auto", help="as from_pretrained takes it")
+    group.addoption("--dtype", default="auto", help="as from_pretrained takes it")
+
+
+def pytest_configure(config):
+    # The models here are so small that a second thread only makes runs differ in time.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Let ``torch.empty`` return NaN, so that a row nobody wrote fails the test that reads it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
