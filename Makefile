@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test check tiny peers test-peers bench report test-gpu goldens clean
+.PHONY: demo test check tiny peers test-peers bench report test-gpu bench-gpu goldens clean
 
 demo: $(STAMP)
 	$(BIN)/python -m recipes.tiny.demo
@@ -36,7 +36,7 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
-		--editable . transformers pytest pytest-benchmark hypothesis psutil sacrebleu
+		--editable . transformers pytest pytest-benchmark hypothesis sacrebleu
 	touch $@
 
 test-peers: $(PEERS)/.installed
@@ -46,9 +46,19 @@ goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py
 	$(PEERS)/bin/python tests/golden/make_model_goldens.py
 
+# Close other work first. Prints each figure beside the last committed one on the same device.
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks $(ARGS)
+
+report: $(STAMP)
+	$(BIN)/python -m benchmarks.report
+
 # On a machine with a GPU: these install nothing and run the python3 they find.
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu:
+	$(PYTHON) -m benchmarks --device cuda $(PART)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build .pytest_cache .ruff_cache

@@ -15,12 +15,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit", help="the commit measured, for a copy without its history")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    wanted = torch.device(request.config.getoption("--device"))
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        pytest.exit("--device cuda was asked for and PyTorch sees no GPU; use --device cpu", 4)
-    return wanted
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

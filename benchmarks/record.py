@@ -243,10 +243,8 @@ def describe(rows: Sequence[Row], changes: Sequence[Change], last: str) -> str:
             f"({seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}, {seconds['rounds']} rounds)"
         )
         if "peer" in row:
-            ratio, share = (
-                row["speedup"],
-                row["figures"]["extra_bytes"] / row["peer"]["extra_bytes"],
-            )
+            ratio = row["speedup"]
+            share = row["figures"]["extra_bytes"] / row["peer"]["extra_bytes"]
             lines.append(
                 f"    {ratio['median']:.2f} times as fast as {row['peer']['name']} "
                 f"({ratio['q1']:.2f} to {ratio['q3']:.2f}), with {share:.1%} of its extra memory"

@@ -76,8 +76,10 @@ class Table:
 def _setting(row: Row) -> str:
     """Return what rows of one group share: device, model, precision and threads."""
     fields = parse_signature(row["signature"])
-    threads = [f"{fields['threads']} threads"] if "threads" in fields else []
-    return ", ".join([fields["device"], fields["model"], fields["dtype"], *threads])
+    parts = [fields["device"], fields["model"], fields["dtype"]]
+    if "threads" in fields:
+        parts.append(f"{fields['threads']} thread{'s' * (fields['threads'] != '1')}")
+    return ", ".join(parts)
 
 
 def _number(value: float) -> str:

@@ -17,8 +17,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Let ``torch.empty`` return NaN, so that a row nobody wrote fails the test that reads it."""
+def seeded_and_poisoned():
+    """Seed torch, and let ``torch.empty`` return NaN: a row nobody wrote fails its test."""
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def translator(device: torch.device, dtype: torch.dtype) -> Iterator[moe_mt.Translator]:
+def translator(device: torch.device, dtype: torch.dtype) -> moe_mt.Translator:
     return moe_mt.from_pretrained("tiny", device=device, dtype=dtype)
 
 

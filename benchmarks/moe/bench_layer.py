@@ -6,7 +6,6 @@ the layer, and the residual connection and normalisation around it.
 """
 
 import importlib.metadata
-from collections.abc import Iterator
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -45,7 +44,7 @@ def shape(device: torch.device) -> LayerShape:
 
 
 @pytest.fixture(scope="module")
-def layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Iterator[MoELayer]:
+def layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
     torch.manual_seed(0)
     with device:
         experts = Experts(shape.num_experts, shape.d_model, shape.ffn_dim)

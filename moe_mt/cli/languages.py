@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from moe_mt.cli.output import StandardOutput
 from moe_mt.tokenizers import list_languages
 
 __all__ = ["add_parser"]
@@ -27,6 +28,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
 
 def run(options: argparse.Namespace) -> int:
     """Print the list and return the exit code."""
+    output = StandardOutput()
     for code, name in list_languages(options.family):
-        print(f"{code}\t{name}")
+        output.write_line(f"{code}\t{name}")
     return 0

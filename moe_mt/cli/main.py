@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from moe_mt.cli import doctor, languages, train, translate
-from moe_mt.errors import CheckpointError, MoeMtError, PlacementError
+from moe_mt.errors import CheckpointError, MoeMtError
 from moe_mt.version import __version__
 
 __all__ = ["main"]
@@ -20,16 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     level = logging.ERROR if options.quiet else logging.WARNING - 10 * min(options.verbose, 2)
     logging.basicConfig(format="moe-mt: %(message)s", level=level, stream=sys.stderr, force=True)
+    code = _run(options)
+    _flush_or_drop_output()
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code, or that of its error."""
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("moe-mt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`moe-mt … | head`): nothing is left to do, and nobody to tell.
-        sys.stderr.close()
         return UNEXPECTED
-    except (MoeMtError, MemoryError, OSError) as error:
+    except (MoeMtError, MemoryError, OSError, torch.OutOfMemoryError) as error:
         if options.verbose > 1:
             logging.exception("the command failed")
         print(f"moe-mt: {error}", file=sys.stderr)
@@ -37,13 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    if isinstance(error, (PlacementError, MemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return MEMORY
     if isinstance(error, CheckpointError):
         return MODEL
-    if isinstance(error, MoeMtError):
-        return USAGE
-    return USAGE if isinstance(error, FileNotFoundError) else UNEXPECTED
+    return USAGE if isinstance(error, MoeMtError) else UNEXPECTED
+
+
+def _flush_or_drop_output() -> None:
+    """Leave nothing for the interpreter to write at its end, where a failure changes the code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 import argparse
 import logging
 import shutil
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -72,40 +74,80 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
 def run(options: argparse.Namespace) -> int:
     """Train and return the exit code."""
     state = options.output / STATE
+    _check_paths(options, state)
+    config = TrainingConfig(**{name: getattr(options, name) for name in OPTIONS})
+    settings = _settings(options)
+    saved = torch.load(state, weights_only=True) if state.exists() else None
+    if saved is not None and saved["settings"] != settings:
+        raise InputError(
+            f"{state} was made from {saved['settings']} and this is {settings}; resume with the "
+            "same model, pairs and languages, or start in a new folder"
+        )
+    translator = open_model(options)
+    trainer = Trainer(translator.model, _read(options, translator), config)
+    if saved is not None:
+        trainer.load_state_dict(saved["trainer"])
+        LOGGER.warning("continuing behind step %d", trainer.step)
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        _train(trainer, options, lambda: _save_state(trainer, settings, state))
+    except KeyboardInterrupt:
+        if state.exists():
+            LOGGER.warning("the last state is in %s; continue with --resume", state)
+        raise
+    _save_model(translator, options)
+    state.unlink(missing_ok=True)
+    return 0
+
+
+def _check_paths(options: argparse.Namespace, state: Path) -> None:
+    """Find what is wrong with the command before a model is read."""
+    if not options.pairs.is_file():
+        raise InputError(f"there is no file {options.pairs}; name the sentence pairs with -p")
+    if options.output.is_dir() and options.output.resolve() == Path(options.model).resolve():
+        raise InputError(f"{options.output} is the model that is trained; name another folder")
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"{options.output} is a file; name a folder")
+    if options.save_every < 1:
+        raise InputError(f"--save-every is {options.save_every}; it must be at least 1")
     if state.exists() and not options.resume:
         raise InputError(
             f"{state} is there from an interrupted run; continue it with --resume, or remove it to "
             "start again"
         )
-    config = TrainingConfig(**{name: getattr(options, name) for name in OPTIONS})
-    translator = open_model(options)
-    trainer = Trainer(translator.model, _read(options, translator), config)
-    if state.exists():
-        trainer.load_state_dict(torch.load(state, weights_only=True))
-        LOGGER.warning("continuing behind step %d", trainer.step)
-    options.output.mkdir(parents=True, exist_ok=True)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str | None]:
+    """Return what the training starts from, and what it learns."""
+    digest = sha256()
+    with options.pairs.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    names = ("model", "revision", "dtype", "src_lang", "tgt_lang")
+    return {name: getattr(options, name) for name in names} | {"pairs_sha256": digest.hexdigest()}
+
+
+def _train(trainer: Trainer, options: argparse.Namespace, save_state: Callable[[], None]) -> None:
+    """Run the training under a progress bar, and save its state now and then."""
     with tqdm(
         desc="training",
         unit="step",
-        total=config.steps,
+        total=trainer.config.steps,
         initial=trainer.step,
         disable=progress_hidden(options),
     ) as bar:
-        average = 0.0
+        first, average = trainer.step, 0.0
 
         def on_step(progress: TrainingProgress) -> None:
             nonlocal average
-            average += (progress.loss - average) / min(progress.step, 100)
+            average += (progress.loss - average) / min(progress.step - first, 100)
             bar.set_postfix(loss=f"{average:.3f}", balance=f"{progress.balance:.2f}", refresh=False)
             bar.update()
             if progress.step % options.save_every == 0:
                 LOGGER.info("step %d: loss %.4f", progress.step, average)
-                _save_state(trainer, state)
+                save_state()
 
         trainer.run(on_step)
-    _save_model(translator, options)
-    state.unlink(missing_ok=True)
-    return 0
 
 
 def _read(options: argparse.Namespace, translator: Translator) -> TokenPairs:
@@ -126,9 +168,17 @@ def _read(options: argparse.Namespace, translator: Translator) -> TokenPairs:
         )
 
 
-def _save_state(trainer: Trainer, path: Path) -> None:
+def _save_state(trainer: Trainer, settings: dict[str, str | None], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    torch.save(trainer.state_dict(), partial)
+    try:
+        torch.save({"settings": settings, "trainer": trainer.state_dict()}, partial)
+    except (OSError, RuntimeError) as error:
+        # A full disk is a RuntimeError here.
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {partial} behind step {trainer.step} ({error}); make room and add "
+            "--resume to continue from the state before"
+        ) from error
     partial.replace(path)
 
 

@@ -3,25 +3,24 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
+from moe_mt.cli.input import Lines, count_lines, open_lines
 from moe_mt.cli.model import add_model_options, open_model, progress_hidden
-from moe_mt.cli.output import ResumableFile, StandardOutput
+from moe_mt.cli.output import Mark, Output, ResumableFile, StandardOutput
 from moe_mt.errors import InputError
 from moe_mt.translator import TranslationResult
+from moe_mt.version import __version__
 
 __all__ = ["add_parser"]
 
 LOGGER = logging.getLogger(__name__)
 DONE, FLAGGED = 0, 5
-FLUSH_EVERY = 16
 
 GENERATION_OPTIONS: dict[str, tuple[type, str]] = {
     "num_beams": (int, "beams; 1 is greedy"),
@@ -35,6 +34,17 @@ GENERATION_OPTIONS: dict[str, tuple[type, str]] = {
     "top_p": (float, "sample among tokens of this total probability"),
     "seed": (int, "of sampling"),
 }
+LINE_OPTIONS = (
+    *GENERATION_OPTIONS,
+    "do_sample",
+    "early_stopping",
+    "split",
+    "target_prefix",
+    "max_input_tokens",
+)
+"""Options of ``translate_iter`` that change what a line becomes."""
+
+UNSAFE_IN_COLUMN = str.maketrans("\t\r", "  ")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401
@@ -85,34 +95,27 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
 
 def run(options: argparse.Namespace) -> int:
     """Translate the input and return the exit code."""
+    output = _output(options)
     with ExitStack() as stack:
-        source = None if options.input == "-" else Path(options.input)
-        stream = sys.stdin.buffer if source is None else stack.enter_context(source.open("rb"))
-        lines = _Lines(stream, "standard input" if source is None else str(source))
+        lines = stack.enter_context(open_lines(options.input))
+        _skip(lines, output.mark)
         translator = open_model(options)
-        # Languages are checked before an output file is made.
-        src_lang = translator.resolve_language(options.src_lang)
-        tgt_lang = translator.resolve_language(options.tgt_lang)
-        settings = _settings(options) | {"src_lang": src_lang, "tgt_lang": tgt_lang}
-        output = (
-            StandardOutput()
-            if options.output == "-"
-            else ResumableFile(Path(options.output), source, settings, resume=options.resume)
+        # Whatever is wrong with the command is found before an output file is made.
+        results = translator.translate_iter(
+            lines, options.src_lang, options.tgt_lang, show_progress_bar=False, **_options(options)
         )
+        stack.callback(output.close)
+        output.open()
         progress = stack.enter_context(
             tqdm(
-                desc=f"{src_lang} → {tgt_lang}",
+                desc=f"{options.src_lang} → {options.tgt_lang}",
                 unit="line",
-                total=None if source is None else _count_lines(source),
-                initial=output.lines_done,
+                total=count_lines(options.input),
+                initial=lines.count,
                 disable=progress_hidden(options),
             )
         )
-        todo = islice(lines, output.lines_done, None)
-        results = translator.translate_iter(
-            todo, src_lang, tgt_lang, show_progress_bar=False, **_arguments(options)
-        )
-        flagged = _write(results, output, options, progress)
+        flagged = _write(results, lines, output, options.format, progress)
         if lines.error is not None:
             raise lines.error
         output.finish()
@@ -121,64 +124,49 @@ def run(options: argparse.Namespace) -> int:
     return FLAGGED if flagged and options.strict else DONE
 
 
-class _Lines:
-    """Lines of a byte stream, split on newlines only.
+def _output(options: argparse.Namespace) -> Output:
+    if options.output != "-":
+        return ResumableFile(Path(options.output), _settings(options), resume=options.resume)
+    if options.resume:
+        raise InputError("--resume continues a file; name it with -o")
+    return StandardOutput()
 
-    A line that is not UTF-8 ends the lines before it, so that these are still translated; it is
-    left in ``error``.
-    """
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
-        self.stream = stream
-        self.name = name
-        self.count = 0
-        self.error: InputError | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for raw in self.stream:
-            try:
-                line = raw.removesuffix(b"\n").decode("utf-8")
-            except UnicodeDecodeError as error:
-                self.error = InputError(
-                    f"{self.name}, line {self.count + 1}: not UTF-8 ({error.reason} at byte "
-                    f"{error.start} of the line); {self.count} lines before it were translated. "
-                    "Convert the input to UTF-8 and run again, with --resume if -o was used"
-                )
-                return
-            self.count += 1
-            yield line
+def _skip(lines: Lines, mark: Mark) -> None:
+    """Stand behind the lines that an earlier run translated."""
+    lines.skip(mark.lines)
+    if (lines.count, lines.sha256) != (mark.lines, mark.input_sha256):
+        raise InputError(
+            f"the first {mark.lines} lines of the input are not those that the interrupted run "
+            "translated; give the same input, or remove the partial file to start again"
+        )
 
 
 def _write(
     results: Iterator[TranslationResult],
-    output: ResumableFile | StandardOutput,
-    options: argparse.Namespace,
+    lines: Lines,
+    output: Output,
+    kind: str,
     progress: "tqdm[Any]",
 ) -> int:
     """Write results as they come and return how many were flagged."""
-    flagged = 0
-    number = output.lines_done
+    flagged = output.mark.flagged
     try:
-        for number, result in enumerate(results, output.lines_done + 1):
+        for number, result in enumerate(results, output.mark.lines + 1):
             for warning in result.warnings:
                 LOGGER.warning("line %d: %s", number, warning)
             flagged += bool(result.warnings)
-            output.write_line(_format(result, number, options.format))
-            if number % FLUSH_EVERY == 0:
-                output.flush()
+            output.write_line(_format(result, number, kind))
+            if number == lines.count:
+                # Lines are translated in batches of what was read together. A run that continues
+                # where all that was read is written makes the same batches, so the same bytes.
+                output.set_mark(Mark(lines=number, flagged=flagged, input_sha256=lines.sha256))
             progress.update()
-        output.flush()
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise OSError(
-            f"cannot write {options.output} behind line {number - 1}: {error.strerror}. The lines "
-            "before are kept; make room and run again, with --resume if -o was used"
-        ) from error
     except KeyboardInterrupt:
-        output.flush()
         if isinstance(output, ResumableFile):
-            LOGGER.warning("%d lines are in %s; continue with --resume", number, output.partial)
+            LOGGER.warning(
+                "%d lines are in %s; continue with --resume", output.lines_written, output.partial
+            )
         raise
     return flagged
 
@@ -193,25 +181,18 @@ def _format(result: TranslationResult, number: int, kind: str) -> str:
         text = text.replace("\n", " ")
     if kind == "lines":
         return text
-    columns = (text.replace("\t", " "), f"{result.score:.6f}", result.finish_reason)
+    columns = (text.translate(UNSAFE_IN_COLUMN), f"{result.score:.6f}", result.finish_reason)
     return "\t".join((*columns, "; ".join(result.warnings)))
 
 
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
-
-
-def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    names = (*GENERATION_OPTIONS, "do_sample", "early_stopping", "batch_size", "max_batch_tokens")
-    return {name: getattr(options, name) for name in names} | {
-        "split": options.split,
-        "target_prefix": options.target_prefix,
-        "max_input_tokens": options.max_input_tokens,
-    }
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a translation."""
+    names = (*LINE_OPTIONS, "batch_size", "max_batch_tokens")
+    return {name: getattr(options, name) for name in names}
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a translation depends on besides the text."""
-    names = ("model", "revision", "dtype", "format")
-    return {name: getattr(options, name) for name in names} | _arguments(options)
+    """Return what a line of output depends on besides its text; batches are not among it."""
+    names = ("src_lang", "tgt_lang", "model", "revision", "device", "dtype", "format")
+    settings = {name: getattr(options, name) for name in (*names, *LINE_OPTIONS)}
+    return settings | {"version": __version__}

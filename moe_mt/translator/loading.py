@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from moe_mt.checkpoints import load, read_json, resolve
+from moe_mt.checkpoints import (
+    check_fits,
+    load,
+    measure_free_bytes,
+    read_config,
+    read_json,
+    resolve,
+)
 from moe_mt.errors import ConfigError
 from moe_mt.generation import GenerationConfig
 from moe_mt.tokenizers import load_tokenizer
@@ -108,6 +115,14 @@ def from_pretrained(
             token=token,
             local_files_only=local_files_only,
         )
+    # First of all, also of the tokenizer's files: what cannot fit need not be complete.
+    check_fits(
+        read_config(folder)[1],
+        name=str(name),
+        device=target_device,
+        dtype=target_dtype,
+        free=measure_free_bytes(target_device, folder),
+    )
     config = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, config.get("model_type"))
     model = load(folder, device=target_device, dtype=target_dtype, on_progress=on_progress)

@@ -1,7 +1,6 @@
 """The translator: text in, results in the same order out."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from moe_mt.errors import ConfigError, InputError, UnsupportedLanguageError
 from moe_mt.generation import GenerationConfig, Hypothesis, generate
 from moe_mt.models import Seq2SeqTransformer
 from moe_mt.tokenizers import Tokenizer
+from moe_mt.translator.assembly import assemble
 from moe_mt.translator.batching import plan_batches
-from moe_mt.translator.result import FinishReason, TranslationResult
-from moe_mt.translator.segments import Segment, Split, join_segments, split_text
+from moe_mt.translator.items import Item, Job, prepare_item
+from moe_mt.translator.result import TranslationResult
+from moe_mt.translator.segments import Split
 
 __all__ = ["Translator"]
 
@@ -26,40 +27,6 @@ WINDOW_BATCHES = 8
 
 LONGEST_INPUT = 512
 """Tokens in the longest sentence the published models were trained on."""
-
-OUTPUT_TOKENS_PER_SOURCE_TOKEN = 3
-OUTPUT_TOKENS_EXTRA = 32
-
-UNKNOWN_SHARE = 0.5
-"""Share of unknown pieces above which a text lies outside what the model can read."""
-
-SPACE_PIECE = "▁"
-"""Stands before a run of unknown characters, and is known in every text."""
-
-SPECIAL_PIECES = 2
-"""What a source has besides its text: the language and the end."""
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One input, cut up."""
-
-    text: str
-    src_lang: str
-    tgt_lang: str
-    target_prefix: str
-    segments: list[Segment]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One segment of an input, ready to be generated."""
-
-    source_tokens: list[int]
-    forced_tokens: list[int]
-    max_new_tokens: int
-    unknown_pieces: int
-    pieces: int
 
 
 class Translator:
@@ -185,8 +152,21 @@ class Translator:
         batch_size = _positive("batch_size", batch_size, DEFAULT_BATCH_SIZE)
         budget = _positive("max_batch_tokens", max_batch_tokens, DEFAULT_MAX_BATCH_TOKENS)
         limit = _positive("max_input_tokens", max_input_tokens, self._longest_input())
+        src_lang, tgt_lang = (
+            self.resolve_language(given) if isinstance(given, str) else given
+            for given in (src_lang, tgt_lang)
+        )
         items = (
-            self._item(text, source, target, prefix, split, limit)
+            prepare_item(
+                self.tokenizer,
+                config,
+                _text(text),
+                self.resolve_language(source),
+                self.resolve_language(target),
+                target_prefix=prefix,
+                split=split,
+                max_input_tokens=limit,
+            )
             for text, source, target, prefix in zip(
                 texts,
                 _each("src_lang", src_lang),
@@ -218,7 +198,7 @@ class Translator:
 
     def _results(
         self,
-        items: Iterator[_Item],
+        items: Iterator[Item],
         config: GenerationConfig,
         batch_size: int,
         max_batch_tokens: int,
@@ -232,64 +212,22 @@ class Translator:
                     progress.update()
                     yield result
 
-    def _item(
-        self,
-        text: str,
-        src_lang: str,
-        tgt_lang: str,
-        prefix: str,
-        split: Split,
-        max_input_tokens: int,
-    ) -> _Item:
-        if not isinstance(text, str):
-            raise InputError(f"a text must be a str; found {type(text).__name__}")
-        src_lang, tgt_lang = self.resolve_language(src_lang), self.resolve_language(tgt_lang)
-        segments = split_text(
-            text,
-            src_lang,
-            split,
-            lambda part: len(self.tokenizer.encode_text(part)),
-            max_input_tokens - SPECIAL_PIECES,
-        )
-        return _Item(text, src_lang, tgt_lang, prefix, segments)
-
     def _translate_window(
-        self, items: list[_Item], config: GenerationConfig, batch_size: int, max_batch_tokens: int
+        self, items: list[Item], config: GenerationConfig, batch_size: int, max_batch_tokens: int
     ) -> Iterator[TranslationResult]:
-        jobs: dict[tuple[int, int], _Job] = {
-            (i, j): self._job(item, j, config)
-            for i, item in enumerate(items)
-            for j, segment in enumerate(item.segments)
-            if segment.text
-        }
-        keys = list(jobs)
-        lengths = [len(jobs[key].source_tokens) for key in keys]
-        done: dict[tuple[int, int], list[Hypothesis]] = {}
+        jobs = [job for item in items for job in item.jobs if job is not None]
+        lengths = [len(job.source_tokens) for job in jobs]
+        done: dict[int, list[Hypothesis]] = {}
         for batch in plan_batches(lengths, batch_size, max_batch_tokens):
-            generated = self._generate([jobs[keys[k]] for k in batch], config)
-            done |= {keys[k]: hypotheses for k, hypotheses in zip(batch, generated, strict=True)}
-        for i, item in enumerate(items):
-            places = [(i, j) for j in range(len(item.segments))]
-            yield self._result(item, [jobs.get(p) for p in places], [done.get(p) for p in places])
-
-    def _job(self, item: _Item, position: int, config: GenerationConfig) -> _Job:
-        text = item.segments[position].text
-        source = self.tokenizer.encode_source(text, item.src_lang, item.tgt_lang)
-        forced = self.tokenizer.forced_tokens(item.tgt_lang)
-        is_first = not any(segment.text for segment in item.segments[:position])
-        if is_first and item.target_prefix:
-            forced = forced + self.tokenizer.encode_text(item.target_prefix)
-        limit = config.new_token_limit
-        if limit is None:
-            limit = len(forced) + OUTPUT_TOKENS_PER_SOURCE_TOKEN * len(source) + OUTPUT_TOKENS_EXTRA
-            limit = max(limit, config.new_token_minimum)
-        ids = self.tokenizer.encode_text(text)
-        spelled = zip(self.tokenizer.tokenize(text), ids, strict=True)
-        pieces = [token_id for piece, token_id in spelled if piece != SPACE_PIECE]
-        return _Job(source, forced, limit, pieces.count(self.tokenizer.unk_id), len(pieces))
+            generated = self._generate([jobs[k] for k in batch], config)
+            done |= zip(batch, generated, strict=True)
+        hypotheses = (done[k] for k in range(len(jobs)))
+        for item in items:
+            found = [None if job is None else next(hypotheses) for job in item.jobs]
+            yield assemble(self.tokenizer, item, found)
 
     @torch.inference_mode()
-    def _generate(self, jobs: list[_Job], config: GenerationConfig) -> list[list[Hypothesis]]:
+    def _generate(self, jobs: list[Job], config: GenerationConfig) -> list[list[Hypothesis]]:
         device = self.model.embedding.weight.device
         source_tokens = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(job.source_tokens) for job in jobs],
@@ -307,78 +245,6 @@ class Translator:
             max_new_tokens=[job.max_new_tokens for job in jobs],
         )
 
-    def _result(
-        self, item: _Item, jobs: list[_Job | None], hypotheses: list[list[Hypothesis] | None]
-    ) -> TranslationResult:
-        generated = [found for found in hypotheses if found]
-        if not generated:
-            return TranslationResult(
-                text=item.text,
-                score=0.0,
-                tokens=(),
-                finish_reason="empty",
-                src_lang=item.src_lang,
-                tgt_lang=item.tgt_lang,
-            )
-        flags = _flags([job for job in jobs if job is not None], item.segments)
-        best, *others = (
-            self._ranked(
-                item,
-                [found[min(rank, len(found) - 1)] if found else None for found in hypotheses],
-                flags,
-            )
-            for rank in range(max(len(found) for found in generated))
-        )
-        return best if not others else _with_alternatives(best, tuple(others))
-
-    def _ranked(
-        self, item: _Item, hypotheses: list[Hypothesis | None], flags: tuple[str, ...]
-    ) -> TranslationResult:
-        texts = ["" if h is None else self.tokenizer.decode(h.tokens) for h in hypotheses]
-        found = [h for h in hypotheses if h is not None]
-        tokens = sum(len(h.tokens) for h in found)
-        reasons = [r for r in REASON_WARNINGS if r in {h.finish_reason for h in found}]
-        return TranslationResult(
-            text=join_segments(item.segments, texts, item.src_lang, item.tgt_lang),
-            score=sum(h.score * len(h.tokens) for h in found) / max(tokens, 1),
-            tokens=tuple(token for h in found for token in h.tokens),
-            finish_reason=reasons[0],
-            src_lang=item.src_lang,
-            tgt_lang=item.tgt_lang,
-            warnings=flags + tuple(REASON_WARNINGS[r] for r in reasons if REASON_WARNINGS[r]),
-        )
-
-
-REASON_WARNINGS: dict[FinishReason, str] = {
-    "length": "length: the output reached its limit before it ended; raise max_new_tokens",
-    "repetition": "repetition: the output repeats itself; check it against the source",
-    "stop": "",
-}
-"""What each reason is worth saying; where sentences differ, the first is the text's."""
-
-
-def _flags(jobs: list[_Job], segments: list[Segment]) -> tuple[str, ...]:
-    flags: list[str] = []
-    parts = sum(segment.was_cut for segment in segments)
-    if parts:
-        flags.append(
-            f"cut: a sentence longer than the model takes was translated in {parts} parts; "
-            "check where they meet"
-        )
-    unknown, pieces = sum(job.unknown_pieces for job in jobs), sum(job.pieces for job in jobs)
-    if unknown > UNKNOWN_SHARE * pieces:
-        flags.append(
-            f"unknown: {unknown} of {pieces} pieces of the source are not in the model's "
-            "vocabulary; the text lies outside what it was trained on"
-        )
-    return tuple(flags)
-
-
-def _with_alternatives(
-    best: TranslationResult, others: tuple[TranslationResult, ...]
-) -> TranslationResult:
-    return TranslationResult(**{**vars(best), "alternatives": others})
-
 
 def _each(name: str, value: str | Iterable[str]) -> Iterator[str]:
     """Yield one value per text; a single one for ever."""
@@ -386,6 +252,12 @@ def _each(name: str, value: str | Iterable[str]) -> Iterator[str]:
         yield from repeat(value)
     yield from value
     raise InputError(f"{name} has fewer values than there are texts; give one for all or one each")
+
+
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"a text must be a str; found {type(text).__name__}")
+    return text
 
 
 def _positive(name: str, value: int | None, default: int) -> int:

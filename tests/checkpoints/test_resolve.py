@@ -61,6 +61,9 @@ def point_at(monkeypatch, url):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Before 1.0 the library copied the template into the file that uses it.
+    file = huggingface_hub.file_download
+    monkeypatch.setattr(file, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def go_offline(monkeypatch, how="HF_HUB_OFFLINE"):

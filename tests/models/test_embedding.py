@@ -34,7 +34,9 @@ def test_positions_count_the_tokens_that_are_not_padding():
 
 def test_positions_go_on_behind_what_was_read_before():
     positions = SinusoidalPositions(10, 8, 1)
-    assert torch.equal(positions(torch.tensor([[5, 6]]), 3), positions.table[torch.tensor([[5, 6]])])
+    assert torch.equal(
+        positions(torch.tensor([[5, 6]]), 3), positions.table[torch.tensor([[5, 6]])]
+    )
 
 
 def test_table_grows_and_keeps_its_rows_and_dtype():
