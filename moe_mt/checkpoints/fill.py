@@ -24,15 +24,30 @@ class Filling:
     """
 
     def __init__(
-        self, family: Family, config: TransformerConfig, device: torch.device, dtype: torch.dtype
+        self,
+        family: Family,
+        config: TransformerConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        source: str = "the checkpoint",
     ) -> None:
-        """Build the model on the meta device."""
+        """Build the model on the meta device.
+
+        Args:
+            family: How the published tensors are named.
+            config: What the model is.
+            device: Where its parameters go.
+            dtype: What they become; routers stay in float32.
+            source: What messages call the place that the tensors come from.
+        """
         with torch.device("meta"):
             self.model = Seq2SeqTransformer(config)
         self._family = family
         self._locations = family.locations(config)
         self._device = device
         self._dtype = dtype
+        self._source = source
         self._filled: dict[tuple[str, int | None], str] = {}
         self._allocated: set[str] = set()
 
@@ -64,13 +79,14 @@ class Filling:
         location = self._locate(key)
         if location is None:
             raise self._unexpected([key])
-        _check_form(key, source, location.shape)
+        label = f"{self._source}: {key}"
+        _check_form(label, source, location.shape)
         target = self._target(location)
         first = self._filled.get(_slot(location))
         if first is not None:
-            _require_equal(first, key, target, source)
+            _require_equal(label, first, target, source)
             return 0
-        _copy_checked(key, target, source)
+        _copy_checked(label, target, source)
         self._filled[_slot(location)] = key
         return target.numel() * target.element_size()
 
@@ -115,14 +131,14 @@ class Filling:
                 missing.setdefault(_slot(location), key)
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} of the model's tensors: "
+                f"{self._source} lacks {len(missing)} of the model's tensors: "
                 f"{_listed(list(missing.values()))}; fetch it again, or give the config.json that "
                 "belongs to it"
             )
 
     def _unexpected(self, keys: list[str]) -> CheckpointError:
         return CheckpointError(
-            f"the checkpoint holds {len(keys)} tensors that the {self._family.name} model of its "
+            f"{self._source} holds {len(keys)} tensors that the {self._family.name} model of its "
             f"config.json has no place for: {_listed(keys)}; give the config.json that belongs to "
             "these weights"
         )
@@ -137,49 +153,49 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + more
 
 
-def _check_form(key: str, source: Tensor, shape: tuple[int, ...]) -> None:
+def _check_form(label: str, source: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(source.shape) != shape:
         raise CheckpointError(
-            f"{key} has shape {tuple(source.shape)} in the checkpoint and {shape} by its "
+            f"{label} has shape {tuple(source.shape)} in the checkpoint and {shape} by its "
             "config.json; give the config.json that belongs to these weights"
         )
     real = source.layout == torch.strided and not source.is_meta
     if source.dtype not in FLOAT_DTYPES or not real:
         raise CheckpointError(
-            f"{key} is stored as {source.dtype} ({source.layout}, {source.device}); expected plain "
-            f"weights in {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}: quantised files cannot "
-            "be read, get the original weights"
+            f"{label} is stored as {source.dtype} ({source.layout}, {source.device}); expected "
+            f"plain weights in {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}: quantised files "
+            "cannot be read, get the original weights"
         )
 
 
-def _copy_checked(key: str, target: Tensor, source: Tensor) -> None:
+def _copy_checked(label: str, target: Tensor, source: Tensor) -> None:
     for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
         into.copy_(out_of)
         # The extremes are NaN where any element is, so two numbers vouch for the whole chunk.
         if not torch.stack(torch.aminmax(into)).isfinite().all():
-            raise _not_finite(key, into, out_of)
+            raise _not_finite(label, into, out_of)
 
 
-def _not_finite(key: str, into: Tensor, out_of: Tensor) -> CheckpointError:
+def _not_finite(label: str, into: Tensor, out_of: Tensor) -> CheckpointError:
     bad = ~out_of.isfinite()
     if bad.any():
         return CheckpointError(
-            f"{key} holds {out_of[bad][0].item()} among its weights: a training run that diverged, "
-            "or a damaged file; fetch it again, or use an earlier checkpoint"
+            f"{label} holds {out_of[bad][0].item()} among its weights: a training run that "
+            "diverged, or a damaged file; fetch it again, or use an earlier checkpoint"
         )
     value = out_of[~into.cpu().isfinite()][0].item()
     return CheckpointError(
-        f'{key} holds {value:g}, which {into.dtype} cannot represent; choose dtype="bfloat16" or '
+        f'{label} holds {value:g}, which {into.dtype} cannot represent; choose dtype="bfloat16" or '
         '"float32"'
     )
 
 
-def _require_equal(first: str, second: str, target: Tensor, source: Tensor) -> None:
+def _require_equal(label: str, first: str, target: Tensor, source: Tensor) -> None:
     """Compare two copies of one parameter, at the dtype that the model has."""
     for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
         if not torch.equal(into, out_of.to(into)):
             raise CheckpointError(
-                f"{first} and {second} differ, and are one parameter in this model; weights that "
+                f"{label} and {first} differ, and are one parameter in this model; weights that "
                 "were trained apart cannot be used here: save the checkpoint with tied embeddings"
             )
 

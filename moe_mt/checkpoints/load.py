@@ -49,7 +49,7 @@ def load(
     free = measure_free_bytes(device, folder)
     check_fits(config, name=str(folder), device=device, dtype=dtype, free=free)
     shards = open_shards(folder)
-    filling = Filling(family, config, device, dtype)
+    filling = Filling(family, config, device, dtype, source=str(folder))
     filling.check_names(shards.keys)
     done, total = 0, model_bytes(config, dtype)
     for key, read in shards:

@@ -85,7 +85,7 @@ def prepare_item(
         text,
         src_lang,
         split,
-        lambda part: len(tokenizer.encode_text(part)),
+        lambda part: len(tokenizer.tokenize(part)),
         max_input_tokens - SPECIAL_TOKENS,
     )
     item = Item(text, src_lang, tgt_lang, segments, [])

@@ -23,6 +23,7 @@ CLAUSE_END = re.compile(r"[;:,]\s+|[\u060c\u061b\u3001\uff0c\uff1b\uff1a\u0964\u
 """A comma within a number ends no clause, so that ASCII marks need a space behind them."""
 
 SPACE = re.compile(r"\s+")
+OTHER_SPACE = re.compile(r"[^\S ]")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _sentences_of_line(line: str, rules: str) -> list[str]:
 
     # The splitter fails on white space beyond ASCII, and drops some around empty lines: it reads
     # the line with plain spaces and without its end, and what it says is taken as lengths.
-    places = [0, *accumulate(len(piece) for piece in segment(rules, re.sub(r"\s", " ", line)))]
+    places = [0, *accumulate(len(piece) for piece in segment(rules, OTHER_SPACE.sub(" ", line)))]
     if places[-1] != len(line):
         return [line]
     return [line[start:stop] for start, stop in pairwise(places)]

@@ -136,7 +136,7 @@ def test_dense_weights_with_the_config_of_another_model_are_refused(tmp_path):
 
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path):
     folder = folder_with(tmp_path, {QUERY: torch.ones(8, 9)})
-    with pytest.raises(CheckpointError, match=rf"{QUERY} has shape \(8, 9\) .*\(8, 8\)"):
+    with pytest.raises(CheckpointError, match=rf"{folder}: {QUERY} has shape \(8, 9\) .*\(8, 8\)"):
         load(folder, device="cpu", dtype=torch.float32)
 
 

