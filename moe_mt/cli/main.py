@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     except (MoeMtError, MemoryError, OSError, torch.OutOfMemoryError) as error:
         if options.verbose > 1:
             logging.exception("the command failed")
-        print(f"moe-mt: {error}", file=sys.stderr)
+        print(f"moe-mt: {str(error) or type(error).__name__}", file=sys.stderr)
         return _exit_code(error)
 
 

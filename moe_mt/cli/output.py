@@ -104,6 +104,11 @@ class ResumableFile:
             InputError: If an interrupted run's output is there and ``resume`` is not set, or it
                 was made with other settings, or ``path`` cannot be a file.
         """
+        if not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent} to write {path.name} to; make it")
+        if path.exists() and not path.is_file():
+            # It would be replaced by a file, were it a folder or a device.
+            raise InputError(f"{path} is no ordinary file; name another, or use standard output")
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal = path.with_name(path.name + ".partial.json")
@@ -112,11 +117,6 @@ class ResumableFile:
         self._settings = settings
         self._size = 0
         self._file: IO[bytes] | None = None
-        if not path.parent.is_dir():
-            raise InputError(f"there is no folder {path.parent} to write {path.name} to; make it")
-        if path.exists() and not path.is_file():
-            # It would be replaced by a file, were it a folder or a device.
-            raise InputError(f"{path} is no ordinary file; name another, or use standard output")
         if self.partial.exists():
             if not resume:
                 raise InputError(

@@ -78,15 +78,15 @@ def run(options: argparse.Namespace) -> int:
     config = TrainingConfig(**{name: getattr(options, name) for name in OPTIONS})
     settings = _settings(options)
     saved = torch.load(state, weights_only=True) if state.exists() else None
-    if saved is not None and saved["settings"] != settings:
+    if saved is not None and saved.get("settings") != settings:
         raise InputError(
-            f"{state} was made from {saved['settings']} and this is {settings}; resume with the "
-            "same model, pairs and languages, or start in a new folder"
+            f"{state} was made from {saved.get('settings')} and this is {settings}; resume with "
+            "the same model, pairs and languages, or start in a new folder"
         )
     translator = open_model(options)
     trainer = Trainer(translator.model, _read(options, translator), config)
     if saved is not None:
-        trainer.load_state_dict(saved["trainer"])
+        trainer.load_state_dict(saved)
         LOGGER.warning("continuing behind step %d", trainer.step)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -171,7 +171,7 @@ def _read(options: argparse.Namespace, translator: Translator) -> TokenPairs:
 def _save_state(trainer: Trainer, settings: dict[str, str | None], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
-        torch.save({"settings": settings, "trainer": trainer.state_dict()}, partial)
+        torch.save(trainer.state_dict() | {"settings": settings}, partial)
     except (OSError, RuntimeError) as error:
         # A full disk is a RuntimeError here.
         partial.unlink(missing_ok=True)

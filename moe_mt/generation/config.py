@@ -23,11 +23,10 @@ LEAST = {
     "no_repeat_ngram_size": 0,
     "top_k": 0,
     "seed": 0,
-    "forced_bos_token_id": 0,
 }
 """The integers and their smallest values."""
 
-OPTIONAL = ("max_new_tokens", "max_length", "seed", "forced_bos_token_id")
+OPTIONAL = ("max_new_tokens", "max_length", "seed")
 """The integers that may be ``None``."""
 
 
@@ -82,9 +81,6 @@ class GenerationConfig:
     seed: int | None = None
     """Sampling: the same sentence and seed give the same sample in any batch; ``None`` draws from
     torch's global generator."""
-
-    forced_bos_token_id: int | None = None
-    """The token a checkpoint wants first whatever the caller's language is, or ``None``."""
 
     def __post_init__(self) -> None:
         """Check every field, and what the fields say together."""

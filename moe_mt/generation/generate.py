@@ -58,7 +58,7 @@ def generate(
         model: In evaluation mode.
         source_tokens: (B, S) int64, on the model's device.
         source_mask: (B, S) bool, true where a token is real; ``None`` where all are.
-        config: How to decode. Its length limit and its forced token are not read here.
+        config: How to decode. Its length limit is not read here.
         forced_tokens: For each sentence the tokens that must follow the decoder's start: a
             language token, a prefix of the target, both or nothing. They add nothing to scores.
         max_new_tokens: Most tokens for each sentence, forced tokens and the end mark counted.

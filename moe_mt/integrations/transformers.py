@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import NllbMoeConfig
+from transformers.models.nllb_moe import NllbMoeConfig  # pyright: ignore
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP  # pyright: ignore
 
 __all__ = ["check_transformers"]

@@ -42,15 +42,20 @@ class Seq2SeqTransformer(nn.Module):
     """
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build the model; its weights are those of ``reset_parameters``."""
+        """Build the model; off the meta device, its weights are those of ``reset_parameters``."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model, config.pad_id)
+        rows = torch.empty(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.d_model, config.pad_id, _weight=rows
+        )
         self.embedding_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.positions = SinusoidalPositions(config.max_positions, config.d_model, config.pad_id)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.reset_parameters()
+        # Drawing numbers on the meta device draws none, and costs seconds of imports.
+        if not rows.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_mt.errors import InputError
+from moe_mt.errors import InputError, UnsupportedLanguageError
 from moe_mt.tokenizers import Tokenizer
 
 __all__ = ["TokenPairs", "read_pairs"]
@@ -83,7 +83,10 @@ def read_pairs(
         with path.open("rb") as lines:
             for number, raw in enumerate(lines, 1):
                 columns = _columns(path, number, raw, src_lang, tgt_lang)
-                source_code, target_code = resolve(columns[0]), resolve(columns[1])
+                try:
+                    source_code, target_code = resolve(columns[0]), resolve(columns[1])
+                except UnsupportedLanguageError as error:
+                    raise UnsupportedLanguageError(f"{path}, line {number}: {error}") from error
                 yield (
                     tokenizer.encode_source(columns[2], source_code, target_code),
                     tokenizer.encode_target(columns[3], target_code),

@@ -10,6 +10,7 @@ import torch
 
 from moe_mt.checkpoints import (
     check_fits,
+    fetch_small_files,
     load,
     measure_free_bytes,
     read_config,
@@ -104,17 +105,14 @@ def from_pretrained(
     """
     target_device = resolve_device(device)
     target_dtype = resolve_dtype(dtype, target_device)
-    folder = TINY
-    if name != "tiny":
-        folder = resolve(
-            name,
-            device=target_device,
-            dtype=target_dtype,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+    source = TINY if name == "tiny" else name
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    folder = fetch_small_files(source, **hub)
     # First of all, also of the tokenizer's files: what cannot fit need not be complete.
     check_fits(
         read_config(folder)[1],
@@ -125,6 +123,7 @@ def from_pretrained(
     )
     config = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, config.get("model_type"))
+    folder = resolve(source, device=target_device, dtype=target_dtype, **hub)
     model = load(folder, device=target_device, dtype=target_dtype, on_progress=on_progress)
     ours: dict[str, Any] = config.get("moe_mt") or {}
     if "description" in ours:

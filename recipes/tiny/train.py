@@ -22,7 +22,7 @@ from recipes.tiny.evaluate import write_scores
 PACKAGE = Path(__file__).parents[2] / "moe_mt" / "tiny"
 SEED = 1
 PAIRS = 2_000_000
-STEPS = 13_000
+STEPS = 9_000
 DESCRIPTION = (
     "a small model of a small domain (dates, quantities, money, relative times, numbers in words, "
     "names of countries, languages and currencies, and lists of these), made to try and to test "

@@ -86,6 +86,15 @@ def test_a_large_tensor_is_copied_and_checked_past_its_first_chunk(tmp_path, mon
         load(write_folder(tmp_path / "other", MOE, tensors), device="cpu", dtype=torch.float32)
 
 
+def test_chunks_are_small_and_leave_nothing_out(monkeypatch):
+    # What is compared or checked at a time must not be a second copy of a 2 GB embedding.
+    monkeypatch.setattr(checkpoints.fill, "CHUNK_ELEMENTS", 50)
+    tensor = torch.arange(40 * 8).view(40, 8)
+    chunks = checkpoints.fill._chunks(tensor)
+    assert max(chunk.numel() for chunk in chunks) == 48
+    assert torch.equal(torch.cat(chunks), tensor)
+
+
 def test_a_missing_tensor_is_named(tmp_path):
     folder = folder_with(tmp_path, drop=[QUERY])
     with pytest.raises(CheckpointError, match=f"lacks 1 of the model's tensors: {QUERY}"):

@@ -68,7 +68,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
         (UnsupportedLanguageError("x"), 2),
         (CheckpointError("x"), 3),
         (PlacementError("x"), 4),
-        (MemoryError("x"), 4),
+        (MemoryError(), 4),
         (torch.OutOfMemoryError("CUDA out of memory."), 4),
         (KeyboardInterrupt(), 130),
         (BrokenPipeError(), 1),

@@ -139,7 +139,7 @@ def test_every_option_of_generation_is_tried_above():
     tried = test_every_generation_option_passes_through.pytestmark[0].args[1]
     left = {field.name for field in fields(GenerationConfig)} - {n for o in tried for n in o}
     # Names of checkpoints, which mean what an option above means.
-    assert left == {"max_length", "min_length", "forced_bos_token_id"}
+    assert left == {"max_length", "min_length"}
 
 
 def test_unset_options_are_the_checkpoint_s(monkeypatch):
