@@ -1,13 +1,11 @@
 """The options that name a model, and opening it under a progress bar."""
 
 import argparse
-import sys
 
-from tqdm import tqdm
-
+from moe_mt.cli.progress import byte_progress
 from moe_mt.translator import Translator, from_pretrained
 
-__all__ = ["add_model_options", "open_model", "progress_hidden"]
+__all__ = ["add_model_options", "open_model"]
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str | None = "tiny") -> None:
@@ -30,14 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None = "ti
 
 def open_model(options: argparse.Namespace) -> Translator:
     """Open the model that the options name."""
-    with tqdm(
-        desc="loading", unit="B", unit_scale=True, disable=progress_hidden(options), leave=False
-    ) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress(options, "loading") as on_progress:
         return from_pretrained(
             options.model,
             options.device,
@@ -47,8 +38,3 @@ def open_model(options: argparse.Namespace) -> Translator:
             local_files_only=options.local_files_only,
             on_progress=on_progress,
         )
-
-
-def progress_hidden(options: argparse.Namespace) -> bool:
-    """Whether no progress bar is shown: on request, and where standard error is no terminal."""
-    return options.quiet or not sys.stderr.isatty()

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from moe_mt.checkpoints import read_json, save
-from moe_mt.cli.model import add_model_options, open_model, progress_hidden
+from moe_mt.cli.model import add_model_options, open_model
+from moe_mt.cli.progress import byte_progress, progress_hidden
 from moe_mt.errors import InputError
 from moe_mt.training import TokenPairs, Trainer, TrainingConfig, TrainingProgress, read_pairs
 from moe_mt.translator import Translator
@@ -54,6 +55,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     )
     parser.set_defaults(run=run)
     add_model_options(parser, default=None)
+    # Small updates vanish in sixteen bits, so "auto" would train badly on a GPU.
+    parser.set_defaults(dtype="float32")
     parser.add_argument("-p", "--pairs", required=True, type=Path, help="file of sentence pairs")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     parser.add_argument("-s", "--src-lang", help="source language of two-column lines")
@@ -151,14 +154,7 @@ def _train(trainer: Trainer, options: argparse.Namespace, save_state: Callable[[
 
 
 def _read(options: argparse.Namespace, translator: Translator) -> TokenPairs:
-    with tqdm(
-        desc="reading", unit="B", unit_scale=True, disable=progress_hidden(options), leave=False
-    ) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress(options, "reading") as on_progress:
         return read_pairs(
             options.pairs,
             translator.tokenizer,

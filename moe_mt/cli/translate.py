@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from moe_mt.cli.input import Lines, count_lines, open_lines
-from moe_mt.cli.model import add_model_options, open_model, progress_hidden
+from moe_mt.cli.model import add_model_options, open_model
 from moe_mt.cli.output import Mark, Output, ResumableFile, StandardOutput
+from moe_mt.cli.progress import progress_hidden
 from moe_mt.errors import InputError
 from moe_mt.translator import TranslationResult
 from moe_mt.version import __version__

@@ -88,6 +88,9 @@ class Translator:
         prefix = options.get("target_prefix", "")
         per_text = {"src_lang": src_lang, "tgt_lang": tgt_lang, "target_prefix": prefix}
         for name, given in per_text.items():
+            if not isinstance(given, (str, Sequence)):
+                found = type(given).__name__
+                raise InputError(f"{name} is a {found}; give a str for all texts, or one for each")
             if not isinstance(given, str) and len(given) != len(texts):
                 raise InputError(
                     f"{len(texts)} texts were given with {len(given)} values of {name}; give one "

@@ -19,7 +19,8 @@ from moe_mt.errors import (
 )
 from moe_mt.version import __version__
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# Buffered, as on most machines: a write can then fail late, at the interpreter's end.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 
 def fail_with(monkeypatch, error):
@@ -110,34 +111,30 @@ def test_main_reads_the_command_line_by_default(monkeypatch, capsys):
     assert "moe-mt" in capsys.readouterr().out
 
 
-def python_m_moe_mt(*arguments, **options):
+def python_m_moe_mt(command, *, stdout=None, stderr=None, capture_output=False, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "moe_mt", *arguments],
+        [sys.executable, "-m", "moe_mt", command],
         check=False,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         timeout=60,
-        **options,
+        stdout=stdout,
+        stderr=stderr,
+        capture_output=capture_output,
     )
 
 
 def test_python_m_moe_mt_as_utf_8_whatever_the_locale_says():
     # One process for three facts: it runs, its exit code is passed on, and names of languages
     # beyond ASCII are printed where Python would encode standard output as ASCII.
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_mt", "languages"],
-        check=False,
-        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
-        timeout=60,
-        capture_output=True,
-    )
+    done = python_m_moe_mt("languages", capture_output=True, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
     assert "Norwegian Bokmål" in done.stdout.decode("utf-8")
 
 
 def test_a_reader_that_has_gone_is_left_quietly():
-    # `moe-mt languages | head -0`: all fits in a buffer, so that only the last flush fails.
+    # `moe-mt doctor | head -0`: all fits in a buffer, so that only the last flush fails.
     reader, writer = os.pipe()
     os.close(reader)
-    done = python_m_moe_mt("languages", stdout=writer, stderr=subprocess.PIPE)
+    done = python_m_moe_mt("doctor", stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")

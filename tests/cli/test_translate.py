@@ -24,7 +24,8 @@ from tests.test_from_pretrained import write_54b
 from tests.translators import loop, random_checkpoint, scripted
 
 LANGUAGES = ("-s", "eng_Latn", "-t", "fra_Latn")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# Buffered, as on most machines: a write can then fail late, at the interpreter's end.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 PYTHON_M = (sys.executable, "-m", "moe_mt", "translate")
 
 

@@ -4,7 +4,7 @@ import csv
 import gc
 import logging
 import random
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
@@ -187,7 +187,6 @@ def test_num_return_sequences():
     translator = tiny()
     found = translator.translate("in 14 minutes", "eng_Latn", "fra_Latn", num_return_sequences=3)
     assert len(found) == 3
-    assert len(set(found)) == 3
     assert found[0] == translator.translate("in 14 minutes", "eng_Latn", "fra_Latn")
     both = translator.translate(
         ["in 14 minutes", "1999"], "eng_Latn", "fra_Latn", num_return_sequences=3
@@ -195,6 +194,8 @@ def test_num_return_sequences():
     assert both[0] == found
     best = one(translator, "in 14 minutes", num_return_sequences=3)
     assert [best.text, *(other.text for other in best.alternatives)] == found
+    # Two ways to spell one text are two hypotheses, so that tokens differ and texts may not.
+    assert len({result.tokens for result in (best, *best.alternatives)}) == 3
     scores = [best.score, *(other.score for other in best.alternatives)]
     assert scores == sorted(scores, reverse=True)
     # Alternatives of a text are its sentences' alternatives, rank by rank.
@@ -360,28 +361,39 @@ def test_lines_of_one_text_stay_lines(held_out):
     assert tiny().translate("\r\n".join(lines), "eng_Latn", "deu_Latn") == "\r\n".join(singles)
 
 
-def test_a_sentence_over_the_limit_is_cut_and_flagged():
+@pytest.mark.parametrize("limit", range(9, 14))
+def test_a_sentence_over_the_limit_is_cut_and_flagged(limit):
     translator = scripted()
     text = "May 2, May 3, May 4, May 5, May 6, May 7, May 8, May 9"
-    result = one(translator, text, max_input_tokens=12)
+    result = one(translator, text, max_input_tokens=limit)
     assert result.text == text
     assert result.finish_reason == "stop"
     (warning,) = result.warnings
     assert warning.startswith("cut: ")
     lengths = [length for batch in translator.model.batches for length in batch]
-    assert len(lengths) > 3
     assert f"in {len(lengths)} parts" in warning
     # Language and end counted.
-    assert max(lengths) <= 12
+    assert max(lengths) <= limit
 
 
-def test_the_longest_input_is_the_checkpoint_s():
-    # 256 positions in the package's model, and published models were trained on 512 at most.
-    text = "1 " * 300
-    result = one(tiny(), text, num_beams=1, max_new_tokens=2)
-    assert result.warnings[0].startswith("cut: ")
-    assert one(scripted(), "1 " * 200).warnings == ()
-    assert one(scripted(), "1 " * 600).warnings != ()
+def test_a_sentence_as_long_as_the_limit_is_not_cut():
+    translator = scripted()
+    whole = len(translator.tokenizer.encode_source("May 2, May 3", "eng_Latn", "fra_Latn"))
+    assert one(translator, "May 2, May 3", max_input_tokens=whole).warnings == ()
+    assert one(translator, "May 2, May 3", max_input_tokens=whole - 1).warnings != ()
+
+
+@pytest.mark.parametrize(
+    ("positions", "limit"),
+    # Published models name 1024 positions and were trained on 512 tokens; others name fewer.
+    [(1024, 512), (64, 64)],
+)
+def test_the_longest_input_is_the_checkpoint_s_but_at_most_512(positions, limit):
+    translator = scripted(silence)
+    translator.model.config = replace(translator.model.config, max_positions=positions)
+    fits = "\u0e01 " * ((limit - 2) // 2)  # two pieces each
+    assert one(translator, fits, split="off").warnings[0].startswith("unknown")
+    assert one(translator, fits + "\u0e01", split="off").warnings[0].startswith("cut")
 
 
 def test_split_off_and_callable():

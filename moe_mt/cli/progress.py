@@ -1,0 +1,35 @@
+"""Progress bars: on standard error, and only where that is a terminal."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+__all__ = ["byte_progress", "progress_hidden"]
+
+
+def progress_hidden(options: argparse.Namespace) -> bool:
+    """Whether no progress bar is shown: on request, and where standard error is no terminal."""
+    return options.quiet or not sys.stderr.isatty()
+
+
+@contextmanager
+def byte_progress(
+    options: argparse.Namespace, description: str
+) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes and yield the callback that moves it, ``(done, total)``."""
+    with tqdm(
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        disable=progress_hidden(options),
+        leave=False,
+    ) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
