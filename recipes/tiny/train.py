@@ -1,7 +1,8 @@
 """Makes the tiny model that ships in the package: corpus, random weights, training, scores.
 
 Run ``make tiny``, or ``python -m recipes.tiny.train``. An interrupted run goes on where it was.
-The result lies in ``build/tiny/model``; ``--install`` copies it into the package.
+The result lies in ``build/tiny/model``, its scores beside it; ``--install`` copies both to where
+the committed ones are.
 """
 
 import argparse
@@ -113,10 +114,12 @@ def main() -> None:
         if not (initial / "config.json").exists():
             write_initial_model(options.out, initial)
         _train(initial, options.out / "train.tsv", model, options.steps)
-    write_scores(model, Path(__file__).parent)
+    write_scores(model, options.out)
     if options.install:
         for file in model.iterdir():
             shutil.copyfile(file, PACKAGE / file.name)
+        for file in ("scores.json", "scores.md"):
+            shutil.copyfile(options.out / file, Path(__file__).parent / file)
 
 
 def _train(initial: Path, pairs: Path, model: Path, steps: int) -> None:
