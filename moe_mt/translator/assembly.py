@@ -12,7 +12,7 @@ from moe_mt.translator.segments import join_segments
 __all__ = ["assemble"]
 
 UNKNOWN_SHARE = 0.5
-"""Share of unknown pieces above which a text lies outside what the model can read."""
+"""Share of unknown characters above which a text lies outside what the model can read."""
 
 REASON_WARNINGS: dict[FinishReason, str] = {
     "length": "length: the output reached its limit before it ended; raise max_new_tokens",
@@ -86,11 +86,11 @@ def _flags(item: Item) -> tuple[str, ...]:
             f"cut: a sentence longer than the model takes was translated in {parts} parts; "
             "check where they meet"
         )
-    pieces = sum(job.pieces for job in item.jobs if job)
-    unknown = sum(job.unknown_pieces for job in item.jobs if job)
-    if unknown > UNKNOWN_SHARE * pieces:
+    characters = sum(job.characters for job in item.jobs if job)
+    unknown = sum(job.unknown_characters for job in item.jobs if job)
+    if unknown > UNKNOWN_SHARE * characters:
         flags.append(
-            f"unknown: {unknown} of {pieces} pieces of the source are not in the model's "
+            f"unknown: {unknown} of {characters} characters of the source are not in the model's "
             "vocabulary; the text lies outside what it was trained on"
         )
     return tuple(flags)

@@ -14,8 +14,8 @@ OUTPUT_TOKENS_EXTRA = 32
 SPECIAL_TOKENS = 2
 """What a source has besides its text: the language and the end."""
 
-SPACE_PIECE = "▁"
-"""Stands before a run of unknown characters, and is known in every text."""
+SPACE_MARK = "▁"
+"""Stands for a space within a piece."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class Job:
     max_new_tokens: int
     """Most tokens of the output, forced ones counted."""
 
-    pieces: int
-    """Pieces that say something about the text."""
+    characters: int
+    """Characters of the source, without spaces."""
 
-    unknown_pieces: int
-    """Those among them that are not in the vocabulary."""
+    unknown_characters: int
+    """Those among them that stand in no piece of the vocabulary. Characters, because a run of
+    unknown ones is a single piece."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _job(
         limit = OUTPUT_TOKENS_PER_SOURCE_TOKEN * len(source) + OUTPUT_TOKENS_EXTRA
         # What must come in any case leaves the rest as much room as ever.
         limit += len(forced) + config.new_token_minimum
-    spelled = zip(tokenizer.tokenize(text), tokenizer.encode_text(text), strict=True)
-    ids = [token_id for piece, token_id in spelled if piece != SPACE_PIECE]
-    return Job(source, forced, limit, len(ids), ids.count(tokenizer.unk_id))
+    sizes = [len(piece.replace(SPACE_MARK, "")) for piece in tokenizer.tokenize(text)]
+    spelled = zip(sizes, tokenizer.encode_text(text), strict=True)
+    unknown = sum(size for size, token_id in spelled if token_id == tokenizer.unk_id)
+    return Job(source, forced, limit, sum(sizes), unknown)

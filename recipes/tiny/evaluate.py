@@ -33,8 +33,12 @@ def directions() -> Iterator[tuple[str, str]]:
     yield from permutations(LANGUAGES, 2)
 
 
-def evaluate(translator: moe_mt.Translator) -> dict[str, Any]:
+def evaluate(translator: moe_mt.Translator, split: str = "auto") -> dict[str, Any]:
     """Translate the held-out set in every direction.
+
+    Args:
+        translator: The model.
+        split: How the translator finds sentences; every text here is one.
 
     Returns:
         Scores: of all translations together and of each direction, exact match in per cent and
@@ -53,6 +57,7 @@ def evaluate(translator: moe_mt.Translator) -> dict[str, Any]:
             src_lang,
             tgt_lang,
             num_beams=NUM_BEAMS,
+            split=split,
             show_progress_bar=False,
         )
         expected = [target for _, target in pairs]
@@ -63,6 +68,7 @@ def evaluate(translator: moe_mt.Translator) -> dict[str, Any]:
         "all": _scores(chrf, outputs, references),
         "signature": str(chrf.get_signature()),
         "num_beams": NUM_BEAMS,
+        "split": split,
         "seconds": round(perf_counter() - started, 1),
         "directions": scores,
     }
@@ -79,9 +85,9 @@ def _scores(chrf: CHRF, outputs: list[str], references: list[str]) -> dict[str, 
     }
 
 
-def write_scores(model: str | Path, folder: Path) -> dict[str, Any]:
+def write_scores(model: str | Path, folder: Path, split: str = "auto") -> dict[str, Any]:
     """Evaluate a model, write ``scores.json`` and ``scores.md`` into ``folder`` and return them."""
-    scores = evaluate(moe_mt.from_pretrained(model))
+    scores = evaluate(moe_mt.from_pretrained(model), split)
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     (folder / "scores.md").write_text(_table(scores), encoding="utf-8")
     return scores
@@ -93,8 +99,8 @@ def _table(scores: dict[str, Any]) -> str:
         "# Scores of the tiny model on its held-out set",
         "",
         "Written by `python -m recipes.tiny.evaluate`. "
-        f"Beam {scores['num_beams']}, {overall['sentences']:.0f} translations in "
-        f"{len(scores['directions'])} directions: **exact match {overall['exact_match']:.2f} %, "
+        f"Beam {scores['num_beams']}, split {scores['split']}, {overall['sentences']:.0f} "
+        f"translations in {len(scores['directions'])} directions: **exact match {overall['exact_match']:.2f} %, "
         f"chrF++ {overall['chrf++']:.2f}** (sacrebleu signature `{scores['signature']}`).",
         "",
         "Exact match in per cent / chrF++, source in rows, target in columns.",
@@ -117,9 +123,10 @@ def main() -> None:
     """Read the command line, score the model and print the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", default="tiny")
+    parser.add_argument("--split", choices=("auto", "off"), default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    scores = write_scores(options.model, options.out)
+    scores = write_scores(options.model, options.out, options.split)
     worst = min(scores["directions"].items(), key=lambda item: item[1]["exact_match"])
     print(f"all directions: {scores['all']} ({scores['signature']})")
     print(f"weakest direction: {worst[0]} {worst[1]}")

@@ -117,7 +117,7 @@ def test_odd_characters_take_no_line_away(run, echo, content):
 def test_a_nul_byte_alone_is_flagged(run, echo):
     outcome = run("translate", *LANGUAGES, "--strict", stdin=b"\0\n")
     assert outcome.code == 5
-    assert "line 1: unknown: 1 of 1 pieces" in outcome.err
+    assert "line 1: unknown: 1 of 1 characters" in outcome.err
 
 
 def test_a_line_break_in_a_translation_becomes_a_space(run, use):

@@ -318,15 +318,15 @@ def test_an_output_that_ends_at_once_is_an_empty_translation():
 @pytest.mark.parametrize(
     ("text", "is_outside"),
     [
-        ("ราคาเท่าไหร่ครับ", True),  # a script the model never saw: one run, one piece
+        ("ราคาเท่าไหร่ครับ", True),  # a script the model never saw
         ("ราคา บาท", True),
         ("\0", True),
-        ("ราคา บาท ครับ 1", True),  # three of four
+        ("ราคา บาท ครับ 1", True),  # all but one
         ("September 20, 2013 ครับ", False),  # a word of it
         ("September 20, 2013", False),
     ],
 )
-def test_a_text_of_unknown_pieces_is_flagged(text, is_outside):
+def test_a_text_of_unknown_characters_is_flagged(text, is_outside):
     result = one(tiny(), text, num_beams=1, max_new_tokens=4)
     assert any(w.startswith("unknown: ") for w in result.warnings) == is_outside
 
