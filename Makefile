@@ -40,7 +40,7 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt
 	touch $@
 
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -m peers
+	$(PEERS)/bin/python -m pytest -m peers tests/checkpoints tests/integrations
 
 goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py
@@ -55,7 +55,7 @@ report: $(STAMP)
 
 # On a machine with a GPU: these install nothing and run the python3 they find.
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/checkpoints
 
 bench-gpu:
 	$(PYTHON) -m benchmarks --device cuda $(PART)

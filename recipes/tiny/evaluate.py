@@ -100,8 +100,9 @@ def _table(scores: dict[str, Any]) -> str:
         "",
         "Written by `python -m recipes.tiny.evaluate`. "
         f"Beam {scores['num_beams']}, split {scores['split']}, {overall['sentences']:.0f} "
-        f"translations in {len(scores['directions'])} directions: **exact match {overall['exact_match']:.2f} %, "
-        f"chrF++ {overall['chrf++']:.2f}** (sacrebleu signature `{scores['signature']}`).",
+        f"translations in {len(scores['directions'])} directions: "
+        f"**exact match {overall['exact_match']:.2f} %, chrF++ {overall['chrf++']:.2f}** "
+        f"(sacrebleu signature `{scores['signature']}`).",
         "",
         "Exact match in per cent / chrF++, source in rows, target in columns.",
         "",
