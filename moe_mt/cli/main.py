@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from moe_mt.cli import doctor, languages, train, translate
+from moe_mt.cli.progress import LogBesideBars
 from moe_mt.errors import CheckpointError, MoeMtError
 from moe_mt.version import __version__
 
@@ -22,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     level = logging.ERROR if options.quiet else logging.WARNING - 10 * min(options.verbose, 2)
-    logging.basicConfig(format="moe-mt: %(message)s", level=level, stream=sys.stderr, force=True)
+    logging.basicConfig(
+        format="moe-mt: %(message)s", level=level, handlers=[LogBesideBars()], force=True
+    )
     code = _run(options)
     _flush_or_drop_output()
     return code

@@ -1,13 +1,22 @@
 """Progress bars: on standard error, and only where that is a terminal."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-__all__ = ["byte_progress", "progress_hidden"]
+__all__ = ["LogBesideBars", "byte_progress", "progress_hidden"]
+
+
+class LogBesideBars(logging.Handler):
+    """Writes log lines to standard error, above whatever bar stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def progress_hidden(options: argparse.Namespace) -> bool:
