@@ -43,16 +43,23 @@ def _run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         # The reader has gone (`moe-mt … | head`): nothing is left to do, and nobody to tell.
         return UNEXPECTED
-    except (MoeMtError, MemoryError, OSError, torch.OutOfMemoryError) as error:
+    except (MoeMtError, MemoryError, OSError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
         if options.verbose > 1:
             logging.exception("the command failed")
         print(f"moe-mt: {str(error) or type(error).__name__}", file=sys.stderr)
-        return _exit_code(error)
+        return code
 
 
-def _exit_code(error: Exception) -> int:
+def _exit_code(error: Exception) -> int | None:
+    """Return what an error is worth; ``None`` for one that nobody foresaw."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return MEMORY
+    if isinstance(error, RuntimeError) and not isinstance(error, MoeMtError):
+        # On the CPU torch has no class of its own for this.
+        return MEMORY if "DefaultCPUAllocator" in str(error) else None
     if isinstance(error, CheckpointError):
         return MODEL
     return USAGE if isinstance(error, MoeMtError) else UNEXPECTED

@@ -138,3 +138,21 @@ def test_a_reader_that_has_gone_is_left_quietly():
     done = python_m_moe_mt("doctor", stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def allocate_too_much(options):
+    torch.empty(1 << 55, dtype=torch.uint8)
+
+
+def test_no_room_on_the_cpu_is_a_matter_of_memory(run, monkeypatch):
+    # torch raises a plain RuntimeError there; it must be told from others by what it says.
+    monkeypatch.setattr("moe_mt.cli.languages.list_languages", allocate_too_much)
+    outcome = run("languages")
+    assert outcome.code == 4
+    assert "memory" in outcome.err
+
+
+def test_an_unforeseen_error_keeps_its_traceback(run, monkeypatch):
+    fail_with(monkeypatch, RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("translate", "-s", "en", "-t", "fr")
