@@ -44,12 +44,11 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     Source: GShard, arXiv:2006.16668, section 2.2, as fairseq's top-2 gate computes it; there the
     denominators count padding too, which ties the loss to the batch's padding.
     """
-    logits = routing.router_logits.float()
-    if routing.padding is not None:
-        logits = logits[~routing.padding]
-    num_experts = logits.shape[-1]
-    share = functional.one_hot(logits.argmax(-1), num_experts).to(logits.dtype).mean(0)
-    return num_experts * (share * logits.softmax(-1).mean(0)).sum()
+    logits = _real_logits(routing)
+    tokens, num_experts = logits.shape
+    first_choices = functional.one_hot(logits.argmax(-1), num_experts).sum(0)
+    # Of no token at all, nothing is out of balance: 0 and not 0 / 0.
+    return num_experts * (first_choices * logits.softmax(-1).sum(0)).sum() / max(tokens, 1) ** 2
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -57,7 +56,11 @@ def router_z_loss(routing: Routing) -> Tensor:
 
     Source: ST-MoE, arXiv:2202.08906, section 3.
     """
+    logits = _real_logits(routing)
+    return logits.logsumexp(-1).square().sum() / max(logits.shape[0], 1)
+
+
+def _real_logits(routing: Routing) -> Tensor:
+    """Return the router logits (tokens, E) of real tokens in float32."""
     logits = routing.router_logits.float()
-    if routing.padding is not None:
-        logits = logits[~routing.padding]
-    return logits.logsumexp(-1).square().mean()
+    return logits if routing.padding is None else logits[~routing.padding]

@@ -124,13 +124,14 @@ class FinishedBeams:
 def _distinct(
     slots: Iterable[tuple[list[int], int, bool, float]],
 ) -> list[tuple[list[int], float]]:
-    """Return the first slot, and of the others those that are filled and differ from it.
+    """Return the first slot, and of the others those that are filled and differ from all before.
 
     Beams differ from each other by what they chose. Where nothing could be chosen, the beams
     beside the first are copies of it that only fill the search's tensors.
     """
     found: list[tuple[list[int], float]] = []
     for tokens, length, filled, score in slots:
-        if not found or (filled and tokens[:length] != found[0][0]):
+        is_new = all(tokens[:length] != other for other, _ in found)
+        if not found or (filled and is_new):
             found.append((tokens[:length], score))
     return found

@@ -176,6 +176,9 @@ class TransformerConfig:
             _require(0 <= value < self.vocab_size, name, value, f"in [0, {self.vocab_size})")
         for name in ("dropout", "attention_dropout", "activation_dropout", "ffn_output_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("encoder_layerdrop", "decoder_layerdrop"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        _require(self.init_std >= 0, "init_std", self.init_std, "0 or more")
 
     def encoder_layer_is_sparse(self, index: int) -> bool:
         """Whether encoder layer ``index`` (from 0) holds experts."""

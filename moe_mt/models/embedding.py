@@ -63,6 +63,8 @@ class SinusoidalPositions(nn.Module):
 
     def _grown(self, rows: int) -> Tensor:
         if self.table.shape[0] < rows:
+            # By doubling, as decoding asks for one row more at every step.
+            rows = max(rows, 2 * self.table.shape[0])
             table = sinusoid_table(rows, self.d_model, self.pad_id, self.table.device)
             self.table = table.to(self.table.dtype)
         return self.table

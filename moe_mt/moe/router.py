@@ -69,12 +69,17 @@ class Top2Router(nn.Module):
         Returns:
             Expert ids, gates and router logits of every token.
         """
+        if self.route_padding:
+            padding = None
+        # Autocast would take the scores out of the router's dtype again.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x, padding)
+
+    def _route(self, x: Tensor, padding: Tensor | None) -> Routing:
         dtype = self.router_dtype
         router_logits = functional.linear(x.to(dtype), self.classifier.weight.to(dtype))
         if self.has_bias:
             router_logits = router_logits + self.classifier.bias.to(dtype)
-        if self.route_padding:
-            padding = None
         expert_ids, gates = route(
             router_logits,
             capacity=expert_capacity(

@@ -1,6 +1,6 @@
 """Each expert's feed-forward network on the rows that chose it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import cast
 
@@ -33,8 +33,8 @@ def expert_ffn(
 ) -> Tensor:
     """Compute ``activation(x W_up^T + b_up) W_down^T + b_down`` per expert, in expert order.
 
-    Rows are gathered expert by expert, so that neither a copy of all rows nor one of any weight is
-    made, and experts without rows are not touched.
+    Rows are gathered expert by expert, so that neither a copy of all rows (but where their gradient
+    is asked for) nor one of any weight is made, and experts without rows are not touched.
 
     Args:
         x: (T, d_model). One row per token.
@@ -59,7 +59,7 @@ def expert_ffn(
     num_experts = up_proj.shape[0]
     top_k = order.numel() // max(x.shape[0], 1)
     tokens = order // max(top_k, 1)
-    bounds = cast(list[int], offsets.tolist())  # pyright: ignore
+    bounds = list(pairwise(cast(list[int], offsets.tolist())))  # pyright: ignore
     # unbind, not indexing: its gradient is one stack, not a full-size sum for every expert.
     weights = zip(
         up_proj.unbind(0),
@@ -69,12 +69,21 @@ def expert_ffn(
         strict=True,
     )
     pieces: list[Tensor] = []
-    for (start, stop), (up, down, b_up, b_down) in zip(pairwise(bounds), weights, strict=True):
-        if start == stop:
+    rows = _rows_by_expert(x, tokens, bounds)
+    for inputs, (up, down, b_up, b_down) in zip(rows, weights, strict=True):
+        if inputs.shape[0] == 0:
             continue
-        hidden = act(functional.linear(x[tokens[start:stop]], up, b_up))
+        hidden = act(functional.linear(inputs, up, b_up))
         if activation_dropout > 0:
             hidden = functional.dropout(hidden, activation_dropout)
         pieces.append(functional.linear(hidden, down, b_down))
-    pieces.append(x.new_zeros(order.numel() - bounds[-1], x.shape[1]))
+    pieces.append(x.new_zeros(order.numel() - bounds[-1][1], x.shape[1]))
     return torch.cat(pieces)
+
+
+def _rows_by_expert(x: Tensor, tokens: Tensor, bounds: list[tuple[int, int]]) -> Iterable[Tensor]:
+    """Return the rows of ``x`` that each expert reads."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        # All at once: the gradient of each gather is as large as x, whatever it gathers.
+        return torch.split(x[tokens[: bounds[-1][1]]], [stop - start for start, stop in bounds])
+    return (x[tokens[start:stop]] if start < stop else x[:0] for start, stop in bounds)

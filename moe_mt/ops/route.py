@@ -98,7 +98,7 @@ def route(
     if capacity is not None and capacity < router_logits.shape[0]:
         order = probs.amax(-1).argsort(descending=True, stable=True) if batch_prioritized else None
         kept &= _slots(expert_ids, kept, num_experts, order) < capacity
-    # Not a product: a padded token may hold NaN, and a dropped gate is zero whatever it was.
+    # Not a product: a dropped gate is zero whatever a padded token holds, NaN included.
     gates = gates.masked_fill(~kept, 0)
     if not normalize_before_dropping:
         gates = _normalize(gates)

@@ -1,6 +1,7 @@
 """The loop: batches in, better weights out."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,6 +51,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers that would make training meaningless."""
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
         for name in ("steps", "max_batch_tokens", "learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -79,7 +82,10 @@ class TrainingProgress:
 
 
 class Trainer:
-    """Adam over shuffled epochs, with a state that continues exactly where it was saved."""
+    """Adam over shuffled epochs, with a state that continues exactly where it was saved.
+
+    Exactly on one kind of device and number of threads, as sums round differently on others.
+    """
 
     def __init__(
         self, model: Seq2SeqTransformer, pairs: TokenPairs, config: TrainingConfig
@@ -106,13 +112,19 @@ class Trainer:
         torch.manual_seed(config.seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that continuing needs, but the training data."""
+        """Return everything that continuing needs, but the training data.
+
+        Its tensors are the live ones: save or copy them before the next step.
+        """
+        device = self.model.embedding.weight.device
+        on_gpu = device.type == "cuda"
         return {
             "config": asdict(self.config),
             "pairs": len(self.pairs),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(device) if on_gpu else None,
             "step": self.step,
             "epoch": self.epoch,
             "next_batch": self.next_batch,
@@ -133,8 +145,11 @@ class Trainer:
                 "resume with the same options and data, or start in a new folder"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A copy: the optimizer would take the tensors themselves, which may be another trainer's.
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         torch.set_rng_state(state["random"])
+        if state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"], self.model.embedding.weight.device)
         self.step, self.epoch, self.next_batch = state["step"], state["epoch"], state["next_batch"]
 
     def run(self, on_step: Callable[[TrainingProgress], None] | None = None) -> None:
@@ -144,14 +159,14 @@ class Trainer:
             on_step: Called after every step; may save ``state_dict()``.
         """
         self.model.train()
-        if self.step < self.config.steps:
-            for batch in self._batches():
-                progress = self._train_on(batch)
+        batches = self._batches()
+        try:
+            while self.step < self.config.steps:
+                progress = self._train_on(next(batches))
                 if on_step is not None:
                     on_step(progress)
-                if self.step >= self.config.steps:
-                    break
-        self.model.eval()
+        finally:
+            self.model.eval()
 
     def _batches(self) -> Iterator[TokenBatch]:
         model = self.model.config
