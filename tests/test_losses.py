@@ -133,3 +133,14 @@ def test_half_precision_routers_are_summed_in_float32():
         )
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(loss(routing(logits.float())).item())
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+def test_a_batch_of_padding_alone_costs_nothing(loss):
+    routing = Routing(
+        expert_ids=torch.full((3, 2), 4, dtype=torch.int32),
+        gates=torch.zeros(3, 2),
+        router_logits=torch.randn(3, 4),
+        padding=torch.ones(3, dtype=torch.bool),
+    )
+    assert loss(routing).item() == 0

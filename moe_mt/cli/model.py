@@ -20,7 +20,9 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None = "ti
         + ("" if default is None else " (default: %(default)s)"),
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64"
+    )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--cache-dir", help="folder for hub files")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")

@@ -106,10 +106,12 @@ class ResumableFile:
         """
         if not path.parent.is_dir():
             raise InputError(f"there is no folder {path.parent} to write {path.name} to; make it")
-        if path.exists() and not path.is_file():
+        in_system = path.is_relative_to("/dev") or path.is_relative_to("/proc")
+        if in_system or (path.exists() and not path.is_file()):
             # It would be replaced by a file, were it a folder or a device.
             raise InputError(f"{path} is no ordinary file; name another, or use standard output")
-        self.path = path
+        # A link is written through, not replaced.
+        path = self.path = path.resolve() if path.is_symlink() else path
         self.partial = path.with_name(path.name + ".partial")
         self.journal = path.with_name(path.name + ".partial.json")
         self.mark = Mark()

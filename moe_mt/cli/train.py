@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     _check_paths(options, state)
     config = TrainingConfig(**{name: getattr(options, name) for name in OPTIONS})
     settings = _settings(options)
-    saved = torch.load(state, weights_only=True) if state.exists() else None
+    saved = torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
     if saved is not None and saved.get("settings") != settings:
         raise InputError(
             f"{state} was made from {saved.get('settings')} and this is {settings}; resume with "
@@ -90,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
     trainer = Trainer(translator.model, _read(options, translator), config)
     if saved is not None:
         trainer.load_state_dict(saved)
+        saved = None  # a second model, otherwise kept to the end
         LOGGER.warning("continuing behind step %d", trainer.step)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -113,6 +114,11 @@ def _check_paths(options: argparse.Namespace, state: Path) -> None:
         raise InputError(f"{options.output} is a file; name a folder")
     if options.save_every < 1:
         raise InputError(f"--save-every is {options.save_every}; it must be at least 1")
+    if not state.exists() and (options.output / "config.json").exists():
+        raise InputError(
+            f"{options.output} holds a model already, and no training to continue; name another "
+            "folder, or remove it to train again"
+        )
     if state.exists() and not options.resume:
         raise InputError(
             f"{state} is there from an interrupted run; continue it with --resume, or remove it to "

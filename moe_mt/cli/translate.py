@@ -127,6 +127,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _output(options: argparse.Namespace) -> Output:
     if options.output != "-":
+        source, target = Path(options.input), Path(options.output)
+        if source.exists() and target.exists() and source.samefile(target):
+            raise InputError(f"{target} is the input; it would be replaced: name another output")
         return ResumableFile(Path(options.output), _settings(options), resume=options.resume)
     if options.resume:
         raise InputError("--resume continues a file; name it with -o")

@@ -43,6 +43,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device {device!r} is unknown; choose 'auto', 'cpu' or 'cuda'"
         ) from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not supported; choose 'auto', 'cpu' or 'cuda'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {device!r} was asked for and {torch.cuda.device_count()} CUDA devices are "

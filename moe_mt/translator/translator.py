@@ -28,6 +28,9 @@ WINDOW_BATCHES = 8
 LONGEST_INPUT = 512
 """Tokens in the longest sentence the published models were trained on."""
 
+SHORTEST_LIMIT = 8
+"""Least limit of a sentence that a caller may set."""
+
 
 class Translator:
     """A model and its tokenizer, as one thing that translates."""
@@ -84,6 +87,11 @@ class Translator:
             InputError: If there are not as many languages as texts.
         """
         single = isinstance(text, str)
+        if not isinstance(text, Sequence) or isinstance(text, (bytes, bytearray)):
+            raise InputError(
+                f"text is a {type(text).__name__}; give a str or a sequence of them, or call "
+                "translate_iter with any other iterable"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         prefix = options.get("target_prefix", "")
         per_text = {"src_lang": src_lang, "tgt_lang": tgt_lang, "target_prefix": prefix}
@@ -149,12 +157,18 @@ class Translator:
             ConfigError: If an option is unknown or out of range; at once, before a text is read.
             InputError: If a text is no str, or there are fewer languages than texts.
         """
-        if isinstance(texts, str):
-            raise InputError("texts is one str; give an iterable of texts, or call translate")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            found = type(texts).__name__
+            raise InputError(f"texts is one {found}; give an iterable of texts, or call translate")
         config = self.generation_config.merged(**generation_options)
         batch_size = _positive("batch_size", batch_size, DEFAULT_BATCH_SIZE)
         budget = _positive("max_batch_tokens", max_batch_tokens, DEFAULT_MAX_BATCH_TOKENS)
         limit = _positive("max_input_tokens", max_input_tokens, self._longest_input())
+        if limit < SHORTEST_LIMIT:
+            raise ConfigError(
+                f"max_input_tokens is {limit}, language and end mark counted; below "
+                f"{SHORTEST_LIMIT} hardly a word would stay whole"
+            )
         src_lang, tgt_lang = (
             self.resolve_language(given) if isinstance(given, str) else given
             for given in (src_lang, tgt_lang)
@@ -188,6 +202,8 @@ class Translator:
         Raises:
             UnsupportedLanguageError: If the model does not know it.
         """
+        if not isinstance(name, str):
+            raise InputError(f"a language must be a str; found {type(name).__name__}")
         code = self.tokenizer.resolve_language(name)
         if code not in self.languages:
             raise UnsupportedLanguageError(
@@ -266,6 +282,6 @@ def _text(text: object) -> str:
 def _positive(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
-    if value < 1:
-        raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
     return value

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,20 @@ def test_a_failing_disk_is_named_with_the_last_line(path):
 def test_standard_output_is_utf_8_whatever_the_locale_says(capsysbinary):
     StandardOutput().write_line("né\u2028")
     assert capsysbinary.readouterr().out == "né\u2028\n".encode()
+
+
+def test_a_link_is_written_through(tmp_path):
+    real, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    real.write_text("old\n")
+    link.symlink_to(real)
+    output = ResumableFile(link, {}, resume=False)
+    output.open()
+    output.write_line("new")
+    output.finish()
+    assert link.is_symlink()
+    assert real.read_text() == "new\n"
+
+
+def test_a_place_of_the_system_is_no_file():
+    with pytest.raises(InputError, match="no ordinary file"):
+        ResumableFile(Path("/dev/stdout"), {}, resume=False)

@@ -241,3 +241,15 @@ def test_progress_averages_over_what_this_run_has_seen(run, interrupted, monkeyp
     outcome = run(*interrupted, "--resume", "-v")
     (line,) = [line for line in outcome.err.splitlines() if "step 8: loss" in line]
     assert float(line.rpartition(" ")[2]) > 4
+
+
+def test_a_folder_that_holds_a_model_is_refused(run, tmp_path):
+    pairs, full = tmp_path / "pairs.tsv", tmp_path / "full"
+    pairs.write_text("8 days ago\til y a 8 jours\n", encoding="utf-8")
+    full.mkdir()
+    (full / "config.json").write_text("mine")
+    command = ("train", "-m", "tiny", "-p", str(pairs), "-o", str(full), "-s", "en", "-t", "fr")
+    outcome = run(*command)
+    assert outcome.code == 2
+    assert "holds a model already" in outcome.err
+    assert (full / "config.json").read_text() == "mine"

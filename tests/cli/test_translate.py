@@ -183,11 +183,14 @@ def test_files_and_standard_streams(run, echo, files):
     assert names(target.parent) == ["in.txt", "out.txt"]
 
 
-def test_a_file_can_replace_itself(run, echo, files):
-    source, _ = files
-    expected = source.read_bytes()
-    assert run("translate", *LANGUAGES, "-i", source, "-o", source).code == 0
-    assert source.read_bytes() == expected
+def test_a_file_does_not_replace_itself(run, echo, tmp_path):
+    # The source would be gone, and nobody would have been asked.
+    file = tmp_path / "in.txt"
+    file.write_text("May 2\n")
+    outcome = run("translate", *LANGUAGES, "-i", str(file), "-o", str(file))
+    assert outcome.code == 2
+    assert "is the input" in outcome.err
+    assert file.read_text() == "May 2\n"
 
 
 def test_a_pipe_that_can_be_read_only_once(run, echo, tmp_path):

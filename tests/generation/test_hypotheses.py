@@ -81,3 +81,11 @@ def test_empty_slots_are_not_returned_but_every_sentence_has_a_result():
         torch.tensor([[True], [False]]),
     )
     assert finished.best(2) == [[([4], -1.0)], [([], -1.0e9)]]
+
+
+def test_copies_of_any_hypothesis_are_left_out():
+    # Fewer tokens to choose from than beams: the rest are copies, not only of the best one.
+    beams = FinishedBeams((1, 4), capacity=2, device=torch.device("cpu"))
+    tokens = torch.tensor([[[7, 41], [7, 7], [7, 7], [7, 7]]])
+    beams.merge(tokens, torch.tensor([[-1.0, -1.2, -5e8, -5e8]]), torch.ones(1, 4).bool())
+    assert [found for found, _ in beams.best(4)[0]] == [[7, 41], [7, 7]]

@@ -116,3 +116,12 @@ def test_published_prioritised_example():
     noise = torch.rand(40)
     expert_ids, _ = route(logits, capacity=4, policy="random", noise=noise, batch_prioritized=True)
     assert expert_ids[-1, 0] == 0
+
+
+def test_autocast_leaves_the_router_s_dtype_alone():
+    router = Top2Router(64, 8).eval()
+    x = torch.randn(256, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(x)
+    assert found.router_logits.dtype == torch.float32
+    assert torch.equal(found.expert_ids, router(x).expert_ids)

@@ -169,7 +169,7 @@ def test_an_unknown_option_is_refused_with_a_suggestion():
 
 @pytest.mark.parametrize("name", ["batch_size", "max_batch_tokens", "max_input_tokens"])
 def test_sizes_are_positive(name):
-    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be an integer, at least 1"):
         scripted().translate_iter(iter([]), "eng_Latn", "fra_Latn", **{name: 0})
 
 
@@ -509,3 +509,19 @@ def test_the_same_sentence_in_any_batch_order_and_padding_gives_the_same_tokens(
             expected, expected_score = alone[sentence]
             gap = score - expected_score
             assert found_tokens == expected, (grouping, sentence, group, f"score gap {gap:.2e}")
+
+
+@pytest.mark.parametrize("text", [None, 5, b"in 14 minutes", {"in 14 minutes"}])
+def test_what_is_no_text_is_refused(text):
+    with pytest.raises(InputError, match=f"text is a {type(text).__name__}"):
+        tiny().translate(text, "eng_Latn", "fra_Latn")
+
+
+def test_a_language_that_is_no_str_is_refused():
+    with pytest.raises(InputError, match="a language must be a str"):
+        tiny().translate(["in 14 minutes"], [5], "fra_Latn")
+
+
+def test_a_limit_that_leaves_no_room_for_words_is_refused():
+    with pytest.raises(ConfigError, match="max_input_tokens is 7"):
+        tiny().translate("in 14 minutes", "eng_Latn", "fra_Latn", max_input_tokens=7)
