@@ -84,11 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-q", "--quiet", action="store_true", help="only errors, no progress")
     common.add_argument("-v", "--verbose", action="count", default=0, help="more log; -vv traces")
-    commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="command",
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in COMMANDS:
         command.add_parser(commands, common)
     return parser
