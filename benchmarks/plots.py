@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.signature import parse_signature
 
-__all__ = ["plot_layer", "plot_translate"]
+__all__ = ["plot_graph", "plot_layer", "plot_translate"]
 
 Row = dict[str, Any]
 
@@ -51,6 +51,36 @@ def _draw_times(
     above = [1e3 * (found["q3"] - found["median"]) for found in seconds]
     style = "o-" if color == OURS else "s--"
     axes.errorbar(tokens, middle, (below, above), fmt=style, color=color, label=label, capsize=3)
+
+
+def plot_graph(rows: Sequence[Row], path: Path) -> None:
+    """Draw time over tokens beside floor and peers, a panel a routing, both axes logarithmic."""
+    routings = list(dict.fromkeys(parse_signature(row["signature"])["routing"] for row in rows))
+    with mpl.rc_context(STABLE):
+        figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+        panels = figure.subplots(1, len(routings), sharey=True, squeeze=False)[0]
+        for axes, routing in zip(panels, routings, strict=True):
+            mine = [r for r in rows if parse_signature(r["signature"])["routing"] == routing]
+            tokens = [int(parse_signature(row["signature"])["T"]) for row in mine]
+            floors = [1e3 * row["figures"]["floor_s"] for row in mine]
+            axes.plot(tokens, floors, ":", color="black", label="floor")
+            _draw_times(axes, tokens, [row["seconds"] for row in mine], "moe_mt", OURS)
+            _draw_peers(axes, tokens, [row["peers"] for row in mine])
+            axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{routing} routing, ms")
+            axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        panels[0].legend(frameon=False, fontsize=8)
+        _save(figure, path)
+
+
+def _draw_peers(axes: Axes, tokens: list[int], peers: Sequence[dict[str, Any]]) -> None:
+    """Draw a line for each peer through the sizes at which it was timed."""
+    for name in dict.fromkeys(name for found in peers for name in found):
+        times = [found.get(name, {}).get("seconds") for found in peers]
+        points = [(t, 1e3 * s["median"]) for t, s in zip(tokens, times, strict=True) if s]
+        if points:
+            axes.plot(*zip(*points, strict=True), "s--", markersize=3, linewidth=1, label=name)
 
 
 def plot_translate(rows: Sequence[Row], path: Path) -> None:

@@ -1,7 +1,8 @@
 """From pytest-benchmark's raw output to the rows that are committed, and a word on what changed.
 
 ``python -m benchmarks.record RAW.json`` writes ``results/<device>/<version>.json`` and prints each
-figure beside the last committed one of the same measurement on the same device.
+figure beside the last committed one of the same measurement on the same device. Instead of a raw
+file it takes a result file, such as one that was written on another machine.
 """
 
 import argparse
@@ -38,7 +39,14 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 """One measurement: name, date, signature, seconds, figures, and a peer's where there is one."""
 
-FIGURES = {"seconds": "lower", "extra_bytes": "lower", "chrf": "higher", "exact_match": "higher"}
+FIGURES = {
+    "seconds": "lower",
+    "extra_bytes": "lower",
+    "launched_s": "lower",
+    "warm_s": "lower",
+    "chrf": "higher",
+    "exact_match": "higher",
+}
 """What is compared from one measurement to the next, and which way is better."""
 
 LOSS = 0.90
@@ -80,6 +88,9 @@ class Change:
 def trim(raw: dict[str, Any]) -> list[Row]:
     """Return the rows worth keeping: no single rounds, no machine, no failed benchmark.
 
+    A benchmark that read a clock of its own, because what it timed is a graph of many calls or
+    another process, says so in ``extra_info["seconds"]``, which then counts.
+
     Raises:
         RecordError: If a benchmark did not sign its row.
     """
@@ -94,7 +105,8 @@ def trim(raw: dict[str, Any]) -> list[Row]:
             )
         seconds = {key: stats[key] for key in ("median", "q1", "q3", "rounds")}
         name = benchmark["fullname"].removeprefix("benchmarks/")
-        rows.append({"name": name, "date": raw["datetime"][:10], "seconds": seconds, **extra})
+        row = {"name": name, "date": raw["datetime"][:10], "seconds": seconds}
+        rows.append(row | extra)
     return rows
 
 
@@ -207,7 +219,9 @@ def _committed(folder: Path) -> dict[str, str] | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record one raw file; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
-    parser.add_argument("raw", type=Path, help="the file of pytest --benchmark-json")
+    parser.add_argument(
+        "raw", type=Path, help="the file of pytest --benchmark-json, or a result file"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if something was lost")
     options = parser.parse_args(arguments)
@@ -220,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _record(raw: Path, results: Path, *, strict: bool) -> int:
     try:
-        rows = trim(json.loads(raw.read_text(encoding="utf-8")))
+        content = json.loads(raw.read_text(encoding="utf-8"))
+        rows = content["rows"] if "rows" in content else trim(content)
     except (OSError, json.JSONDecodeError) as error:
         raise RecordError(f"{raw} is not the output of pytest --benchmark-json: {error}") from error
     if not rows:
@@ -249,8 +264,9 @@ def describe(rows: Sequence[Row], changes: Sequence[Change], last: str) -> str:
                 f"    {ratio['median']:.2f} times as fast as {row['peer']['name']} "
                 f"({ratio['q1']:.2f} to {ratio['q3']:.2f}), with {share:.1%} of its extra memory"
             )
-        if "chrf" in row["figures"]:
-            figures = row["figures"]
+        lines += [f"    {line}" for line in _describe_roofline(row)]
+        figures = row.get("figures", {})
+        if "chrf" in figures:
             lines.append(
                 f"    {figures['sentences'] / seconds['median']:.4g} sentences/s, "
                 f"chrF++ {figures['chrf']:.1f}, exact match {figures['exact_match']:.1%}"
@@ -258,6 +274,28 @@ def describe(rows: Sequence[Row], changes: Sequence[Change], last: str) -> str:
         mine = [change for change in changes if change.name == row["name"]]
         lines += [f"    {change}" for change in mine]
     return "\n".join(lines)
+
+
+def _describe_roofline(row: Row) -> list[str]:
+    """Return how far a row is from its floor and from its peers."""
+    figures, seconds = row.get("figures", {}), row["seconds"]["median"]
+    lines: list[str] = [f"note: {row['note']}"] if "note" in row else []
+    if "floor_s" in figures:
+        lines.append(
+            f"{seconds / figures['floor_s']:.2f} times the floor of {figures['floor_s'] * 1e3:.4g} "
+            f"ms; {figures['bytes'] / seconds / 1e9:.4g} GB/s, "
+            f"{figures['flops'] / seconds / 1e12:.4g} TFLOP/s"
+        )
+    if "warm_s" in figures:
+        lines.append(f"{figures['warm_s'] * 1e3:.4g} ms where compiled kernels are found")
+    for name, peer in row.get("peers", {}).items():
+        note = f" ({peer['note']})" if "note" in peer else ""
+        if "seconds" in peer:
+            taken = peer["seconds"]["median"]
+            lines.append(f"{name}: {taken * 1e3:.4g} ms, {taken / seconds:.2f} times ours{note}")
+        else:
+            lines.append(f"{name}: not timed{note}")
+    return lines
 
 
 if __name__ == "__main__":

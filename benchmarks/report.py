@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import plot_layer, plot_translate
+from benchmarks.plots import plot_graph, plot_layer, plot_translate
 from benchmarks.record import RESULTS, RecordError, newest_rows
 from benchmarks.signature import device_slug, merge_signatures, parse_signature
 
@@ -20,6 +20,10 @@ __all__ = ["END", "START", "ReportError", "main", "render_docs", "render_readme"
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
+NOTHING = "–"
+MARK = " \\*"
+"""At a time that is not what the others in its table are, for a reason given below it."""
+
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
@@ -41,6 +45,8 @@ class Table:
     columns: dict[str, Callable[[Row], str]]
     plot: tuple[str, Callable[[Sequence[Row], Path], None]] | None = None
     in_readme: bool = False
+    peers: bool = False
+    """Whether every peer gets a column."""
 
     def groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """Return the rows of this table under what they were measured on, in order of size."""
@@ -52,15 +58,16 @@ class Table:
 
     def render(self, rows: Sequence[Row]) -> list[str]:
         """Return one group of rows as lines of Markdown, signature last."""
-        header = [*self.sizes, *self.columns]
+        columns = self.columns | (_peer_columns(rows) if self.peers else {})
+        header = [*self.sizes, *columns]
         lines = [f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
         for row in rows:
             fields = parse_signature(row["signature"])
-            cells = [fields[size] for size in self.sizes]
-            cells += [show(row) for show in self.columns.values()]
+            cells = [fields.get(size, NOTHING) for size in self.sizes]
+            cells += [show(row) for show in columns.values()]
             lines.append(f"| {' | '.join(cells)} |")
         signature = merge_signatures(row["signature"] for row in rows)
-        lines += ["", f"Signature: `{signature}`"]
+        lines += ["", *_ceilings(rows), *_notes(rows), f"Signature: `{signature}`"]
         scores = dict.fromkeys(row["chrf_signature"] for row in rows if "chrf_signature" in row)
         return [*lines, *(f"chrF++: `{score}`" for score in scores)]
 
@@ -68,9 +75,10 @@ class Table:
         """Return the file name of the picture of a group; empty where there is none."""
         return f"{self.plot[0]}-{device_slug(setting)}.svg" if self.plot else ""
 
-    def _order(self, row: Row) -> list[int]:
+    def _order(self, row: Row) -> list[tuple[int, str]]:
         fields = parse_signature(row["signature"])
-        return [int(fields[size]) for size in self.sizes]
+        found = [fields.get(size, "") for size in self.sizes]
+        return [(int(size), "") if size.isdigit() else (0, size) for size in found]
 
 
 def _setting(row: Row) -> str:
@@ -92,6 +100,10 @@ def _number(value: float) -> str:
 def _milliseconds(spread: dict[str, float]) -> str:
     low, middle, high = (_number(1e3 * spread[key]) for key in ("q1", "median", "q3"))
     return f"{middle} ({low} – {high})"
+
+
+def _microseconds(spread: dict[str, float]) -> str:
+    return _milliseconds({key: 1e3 * spread[key] for key in ("q1", "median", "q3")})
 
 
 def _megabytes(count: float) -> str:
@@ -132,7 +144,114 @@ TRANSLATE_COLUMNS: dict[str, Callable[[Row], str]] = {
     "exact match": lambda row: f"{row['figures']['exact_match']:.1%}",
 }
 
+
+def _floor(show: Callable[[Row, float], str]) -> Callable[[Row], str]:
+    """Show what follows from a floor; nothing where a device has none."""
+
+    def column(row: Row) -> str:
+        floor_s = row["figures"].get("floor_s")
+        return NOTHING if floor_s is None else show(row, floor_s)
+
+    return column
+
+
+def _times_ours(row: Row, name: str) -> str:
+    peer = row["peers"].get(name, {})
+    if "seconds" not in peer:
+        return NOTHING
+    ratio = peer["seconds"]["median"] / row["seconds"]["median"]
+    return _number(ratio) + MARK * ("note" in peer)
+
+
+def _peer_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Return a column for every peer that one of the rows timed."""
+    timed = [name for row in rows for name, peer in row["peers"].items() if "seconds" in peer]
+    return {
+        f"{name}, times ours": lambda row, name=name: _times_ours(row, name)
+        for name in dict.fromkeys(timed)
+    }
+
+
+def _all_peers(row: Row) -> str:
+    shown = {name: _times_ours(row, name) for name in row["peers"]}
+    return ", ".join(f"{name} {ratio}" for name, ratio in shown.items() if ratio != NOTHING)
+
+
+def _ceilings(rows: Sequence[Row]) -> list[str]:
+    """Return the measured ceilings that floors were computed from, as a line."""
+    found = [row["figures"] for row in rows if "copy_bytes_per_s" in row.get("figures", {})]
+    if not found:
+        return []
+    copies = sorted({f"{one['copy_bytes_per_s'] / 1e9:,.0f}" for one in found})
+    products = sorted({f"{one['product_flops_per_s'] / 1e12:.0f}" for one in found})
+    return [
+        f"Ceilings measured in the same run: copy {' and '.join(copies)} GB/s, product "
+        f"{' and '.join(products)} TFLOP/s.",
+        "",
+    ]
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Return why figures are missing, or are not of graphs."""
+    notes = [f"{MARK.strip()} ours: {row['note']}" for row in rows if "note" in row]
+    for row in rows:
+        for name, peer in row.get("peers", {}).items():
+            if "note" in peer:
+                start = f"{MARK.strip()} {name}" if "seconds" in peer else f"{name} not timed"
+                notes.append(f"{start}: {peer['note']}")
+    return [line for note in dict.fromkeys(notes) for line in (f"{note}.", "")]
+
+
+GRAPH_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms (quartiles)": lambda row: _milliseconds(row["seconds"]) + MARK * ("note" in row),
+    "floor, ms": _floor(lambda _, floor_s: _number(1e3 * floor_s)),
+    "times the floor": _floor(lambda row, floor_s: f"**{row['seconds']['median'] / floor_s:.2f}**"),
+    "GB/s": lambda row: _number(_per_second(row["figures"]["bytes"], row) / 1e9),
+    "TFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e12),
+    "experts hit": lambda row: _number(row["figures"]["distinct_experts"]),
+}
+LAUNCHED_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "without a graph, ms": lambda row: _number(1e3 * row["figures"]["launched_s"]),
+    "extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
+}
+FIRST_CALL_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "empty cache, s": lambda row: _number(row["seconds"]["median"]),
+    "kernels in the cache, s": lambda row: _number(row["figures"]["warm_s"]),
+}
+OPERATION_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "µs (quartiles)": lambda row: _microseconds(row["seconds"]) + MARK * ("note" in row),
+    "floor, µs": _floor(lambda _, floor_s: _number(1e6 * floor_s)),
+    "times the floor": _floor(lambda row, floor_s: f"{row['seconds']['median'] / floor_s:.2f}"),
+    "GB/s": lambda row: _number(_per_second(row["figures"]["bytes"], row) / 1e9),
+    "GFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e9),
+    "others, times ours": _all_peers,
+}
+
 TABLES = (
+    Table(
+        benchmark="moe/bench_layer_graph.py::test_forward[",
+        title="One mixture-of-experts layer as a CUDA graph, forward",
+        sizes=("routing", "T"),
+        columns=GRAPH_COLUMNS | LAUNCHED_COLUMNS,
+        plot=("forward", plot_graph),
+        in_readme=True,
+        peers=True,
+    ),
+    Table(
+        benchmark="moe/bench_layer_graph.py::test_backward[",
+        title="The same layer backward",
+        sizes=("routing", "T"),
+        columns=GRAPH_COLUMNS,
+        plot=("backward", plot_graph),
+        in_readme=True,
+        peers=True,
+    ),
+    Table(
+        benchmark="moe/bench_layer_graph.py::test_first_call[",
+        title="The first call of a process",
+        sizes=("direction", "T"),
+        columns=FIRST_CALL_COLUMNS,
+    ),
     Table(
         benchmark="moe/bench_layer.py::test_layer_beside_transformers[",
         title="One mixture-of-experts layer beside the one of transformers 4.57",
@@ -155,6 +274,12 @@ TABLES = (
         plot=("translate", plot_translate),
         in_readme=True,
     ),
+    Table(
+        benchmark="ops/bench_",
+        title="The operations one by one",
+        sizes=("operation", "capacity", "T"),
+        columns=OPERATION_COLUMNS,
+    ),
 )
 
 DOCS_HEAD = """# Benchmarks
@@ -166,6 +291,9 @@ that nobody has measured yet: [open.md](../benchmarks/results/open.md).
 Times are medians with quartiles; MB are 10^6 bytes. Extra memory is the most that a call holds
 beyond what was held before it. In the comparison both layers run on the same weights in the same
 process, in turns, and "times as fast" is the median of the ratios round by round.
+
+A floor is the larger of bytes that must be moved over the speed of a copy, and operations over the
+speed of a large product. "Times ours" is a peer's time over ours: above 1, this package is faster.
 
 """
 

@@ -4,7 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["LayerShape", "TranslateShape", "layer_shape", "layer_tokens", "translate_shapes"]
+__all__ = [
+    "BACKWARD_TOKENS",
+    "LayerShape",
+    "TranslateShape",
+    "graph_shape",
+    "graph_tokens",
+    "layer_shape",
+    "layer_tokens",
+    "operation_shape",
+    "operation_tokens",
+    "translate_shapes",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +26,7 @@ class LayerShape:
     d_model: int
     ffn_dim: int
     num_experts: int
+    top_k: int = 2
 
     @property
     def expert_weights(self) -> int:
@@ -36,11 +48,26 @@ NLLB_MOE_HALF_WIDTH = LayerShape(
 )
 """The layer of the 54B at half its width: 4.3 GB in float32, which a laptop holds."""
 
+OPERATIONS_ON_CPU = LayerShape(
+    name="quarter-width-layer-16-experts", d_model=512, ffn_dim=1024, num_experts=16
+)
+"""Operations one by one: large enough to be more than overhead, done in seconds."""
+
+TOY = LayerShape(name="toy-layer", d_model=32, ffn_dim=64, num_experts=4)
+"""For rehearsals, which run kernels in an interpreter."""
+
 CPU_TOKENS = (4, 32, 256, 2048)
 """One sentence with beam 4; eight of them; a short batch to encode; a full one."""
 
 GPU_TOKENS = (1, 8, 32, 128, 1024, 4096, 16384)
 """From decoding one sentence greedily, over larger batches, to encoding and training."""
+
+BACKWARD_TOKENS = (1024, 4096, 16384)
+"""Training; decoding has no backward pass."""
+
+OPERATION_TOKENS_ON_CPU = (32, 512)
+TOY_TOKENS, TOY_BACKWARD_TOKENS = (1, 20), (20,)
+"""One call of the path for few tokens, one of the other."""
 
 CPU_TRANSLATE = (
     TranslateShape(batch=1, beam=1),
@@ -63,3 +90,29 @@ def layer_tokens(device: torch.device) -> tuple[int, ...]:
 def translate_shapes(device: torch.device) -> tuple[TranslateShape, ...]:
     """Return how translation is measured on a kind of device."""
     return GPU_TRANSLATE if device.type == "cuda" else CPU_TRANSLATE
+
+
+def operation_shape(device: torch.device, *, rehearsal: bool) -> LayerShape:
+    """Return the layer whose operations are measured one by one."""
+    if rehearsal:
+        return TOY
+    return NLLB_MOE_54B if device.type == "cuda" else OPERATIONS_ON_CPU
+
+
+def operation_tokens(device: torch.device, *, rehearsal: bool) -> tuple[int, ...]:
+    """Return the numbers of tokens that operations are measured at."""
+    if rehearsal:
+        return TOY_TOKENS
+    return GPU_TOKENS if device.type == "cuda" else OPERATION_TOKENS_ON_CPU
+
+
+def graph_shape(*, rehearsal: bool) -> LayerShape:
+    """Return the layer that is measured as a CUDA graph."""
+    return TOY if rehearsal else NLLB_MOE_54B
+
+
+def graph_tokens(*, rehearsal: bool, backward: bool = False) -> tuple[int, ...]:
+    """Return the numbers of tokens that a layer is measured at as a CUDA graph."""
+    if rehearsal:
+        return TOY_BACKWARD_TOKENS if backward else TOY_TOKENS
+    return BACKWARD_TOKENS if backward else GPU_TOKENS

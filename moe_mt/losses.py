@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_mt.moe import Routing
+from moe_mt.ops import router_statistics
 
 __all__ = [
     "IGNORED_LABEL",
@@ -44,11 +45,10 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     Source: GShard, arXiv:2006.16668, section 2.2, as fairseq's top-2 gate computes it; there the
     denominators count padding too, which ties the loss to the batch's padding.
     """
-    logits = _real_logits(routing)
-    tokens, num_experts = logits.shape
-    first_choices = functional.one_hot(logits.argmax(-1), num_experts).sum(0)
+    first_choices, probs, _ = router_statistics(routing.router_logits, routing.padding)
     # Of no token at all, nothing is out of balance: 0 and not 0 / 0.
-    return num_experts * (first_choices * logits.softmax(-1).sum(0)).sum() / max(tokens, 1) ** 2
+    tokens = first_choices.sum().clamp(min=1)
+    return len(probs) * (first_choices * probs).sum() / tokens**2
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -56,11 +56,5 @@ def router_z_loss(routing: Routing) -> Tensor:
 
     Source: ST-MoE, arXiv:2202.08906, section 3.
     """
-    logits = _real_logits(routing)
-    return logits.logsumexp(-1).square().sum() / max(logits.shape[0], 1)
-
-
-def _real_logits(routing: Routing) -> Tensor:
-    """Return the router logits (tokens, E) of real tokens in float32."""
-    logits = routing.router_logits.float()
-    return logits if routing.padding is None else logits[~routing.padding]
+    first_choices, _, squares = router_statistics(routing.router_logits, routing.padding)
+    return squares / first_choices.sum().clamp(min=1)

@@ -1,5 +1,7 @@
 """What every test shares: one thread, fresh memory that is poison, and the opt-in real weights."""
 
+import os
+
 import pytest
 import torch
 
@@ -23,3 +25,13 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernel_device():
+    """Return where kernels run: the GPU, or the CPU under Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.fail("tests of kernels need TRITON_INTERPRET=1 or a GPU: make test, make test-gpu")

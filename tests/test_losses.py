@@ -13,6 +13,8 @@ from moe_mt.losses import (
     router_z_loss,
 )
 from moe_mt.moe import Routing
+from moe_mt.ops.backend import use_backend
+from tests.closeness import assert_near
 
 
 def routing(logits, padding=None) -> Routing:
@@ -144,3 +146,55 @@ def test_a_batch_of_padding_alone_costs_nothing(loss):
         padding=torch.ones(3, dtype=torch.bool),
     )
     assert loss(routing).item() == 0
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+def test_a_padded_nan_reaches_neither_the_loss_nor_its_gradient(loss):
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+    padding = [False, True, False, False]
+    expected = loss(routing(logits[[0, 2, 3]]))
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    found = loss(routing(logits, padding))
+    assert found.item() == pytest.approx(expected.item())
+    found.backward()
+    assert (logits.grad[1] == 0).all()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+def test_losses_compile_whole(loss):
+    # To select the real tokens would take their number, and waiting for the device to know it.
+    def of(logits, padding):
+        return loss(
+            Routing(
+                expert_ids=torch.zeros(len(logits), 2, dtype=torch.int32),
+                gates=torch.zeros(len(logits), 2),
+                router_logits=logits,
+                padding=padding,
+            )
+        )
+
+    logits, padding = torch.randn(6, 4), torch.arange(6) > 3
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    assert compiled(logits, padding).item() == pytest.approx(of(logits, padding).item())
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_give_the_losses_of_the_definition(kernel_device, loss, padded):
+    logits = torch.randn(33, 5).to(kernel_device).requires_grad_()
+    tokens = Routing(
+        expert_ids=torch.zeros(33, 2, dtype=torch.int32, device=kernel_device),
+        gates=torch.zeros(33, 2, device=kernel_device),
+        router_logits=logits,
+        padding=torch.arange(33, device=kernel_device) > 20 if padded else None,
+    )
+    found = {}
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            value = loss(tokens)
+            found[backend] = value, *torch.autograd.grad(value, logits)
+    for mine, theirs in zip(found["triton"], found["eager"], strict=True):
+        assert_near(mine, theirs, torch.float32)

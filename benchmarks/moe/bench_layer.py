@@ -5,26 +5,22 @@ random and differs from round to round, so that rounds hit different experts. Ex
 the layer, and the residual connection and normalisation around it.
 """
 
-import importlib.metadata
 from itertools import cycle
-from types import SimpleNamespace
 
 import pytest
 import torch
-from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.agreement import TOLERANCE, check_close
+from benchmarks.graphs import PeerUnavailable
 from benchmarks.memory import extra_memory
+from benchmarks.moe.peers import transformers_layer
 from benchmarks.shapes import LayerShape, layer_shape, layer_tokens
 from benchmarks.timing import Rival, affordable_rounds, spread
 from moe_mt.moe import Experts, MoELayer, Top2Router
 
 TOKEN_DROPOUT = 0.2
 """Expert-output masking of NLLB-MoE: in evaluation, outputs are multiplied by 0.8."""
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest norm of a difference as a share of the norm of the result. In half precisions the peer
-rounds its gates and every partial sum."""
 
 SECONDS_ALONE, SECONDS_BESIDE = 8, 16
 """What the rounds of one row may take together, so that all rows stay under four minutes."""
@@ -83,7 +79,10 @@ def test_layer(benchmark, sign, layer, shape, tokens, inputs, device, dtype) -> 
 def test_layer_beside_transformers(
     benchmark, sign, layer, shape, tokens, inputs, device, dtype
 ) -> None:
-    peer = build_peer(layer, shape)
+    try:
+        peer = transformers_layer(layer)
+    except PeerUnavailable as reason:
+        pytest.skip(str(reason))
     for x in inputs:
         check_close(layer(x)[0], peer.layer(x), TOLERANCE[dtype], f"this layer and {peer.name}")
     sign(shape.name, peer=peer.name, T=tokens)
@@ -137,44 +136,3 @@ def check_definition(layer: MoELayer, x: Tensor, tolerance: float) -> None:
         expected.append((1 - TOKEN_DROPOUT) * mixture)
     got = layer(x)[0][0, :CHECKED_TOKENS]
     check_close(got, torch.stack(expected), tolerance, "this layer and its definition")
-
-
-def check_close(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    difference = (got.double() - expected.double()).norm() / expected.double().norm()
-    assert difference <= tolerance, f"{what} differ by {difference:.1e} of the norm"
-
-
-def build_peer(layer: MoELayer, shape: LayerShape) -> SimpleNamespace:
-    """Return the layer of transformers on the weights of ours, with its name; or skip."""
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("transformers is not installed here; make bench has an environment with it")
-    if not Version("4.57") <= Version(version) < Version("5"):
-        pytest.skip(f"transformers {version} is not the peer: 4.57 is the last that computes it")
-    from transformers import NllbMoeConfig
-    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
-
-    config = NllbMoeConfig(
-        d_model=shape.d_model,
-        encoder_ffn_dim=shape.ffn_dim,
-        num_experts=shape.num_experts,
-        moe_token_dropout=TOKEN_DROPOUT,
-    )
-    with torch.device("meta"):
-        peer = NllbMoeSparseMLP(config, shape.ffn_dim).eval()
-    peer.router.classifier.weight = layer.router.classifier.weight
-    experts = layer.experts
-    for index, expert in enumerate(peer.experts.values()):
-        expert.fc1.weight = _view(experts.up_proj, index)
-        expert.fc1.bias = _view(experts.up_bias, index)
-        expert.fc2.weight = _view(experts.down_proj, index)
-        expert.fc2.bias = _view(experts.down_bias, index)
-    # A two-dimensional padding mask raises in this version; without padding there is none.
-    return SimpleNamespace(
-        name=f"transformers-{version}", layer=lambda x: peer(x, padding_mask=None)[0]
-    )
-
-
-def _view(weight: Tensor, index: int) -> nn.Parameter:
-    return nn.Parameter(weight[index], requires_grad=False)

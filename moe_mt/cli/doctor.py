@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from moe_mt.errors import MoeMtError
+from moe_mt.ops import backend_for, tile_tables
 from moe_mt.version import __version__
 
 __all__ = ["add_parser"]
@@ -35,15 +37,30 @@ def run(options: argparse.Namespace) -> int:
     for package in PACKAGES:
         print(f"{package} {_version(package)}")
     print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         print(f"cuda:{index}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        devices.append(torch.device("cuda", index))
     if not torch.cuda.is_available():
         print("GPU: none that torch can use")
-    print("backend: eager PyTorch (this version has no Triton kernels yet)")
+    for device in devices:
+        print(f"backend on {device}: {backend_for(device)}")
+    _report_tiles()
     print(f"transformers {_version('transformers')}{_verdict_on_transformers()}")
     return 0
+
+
+def _report_tiles() -> None:
+    """Print which tables say how kernels cut their work, in the order in which they are asked."""
+    try:
+        for path, number in tile_tables().items():
+            print(f"tiles: {number} in {path}" if path.exists() else f"tiles: no table {path}")
+    except MoeMtError as error:
+        print(f"tiles: {error}")
+    except ImportError as error:  # a Triton that is there and does not work
+        print(f"tiles: cannot be read ({type(error).__name__}: {error})")
 
 
 def _version(package: str) -> str:

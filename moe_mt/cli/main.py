@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_mt.cli import doctor, languages, train, translate
+from moe_mt.cli import doctor, languages, train, translate, tune
 from moe_mt.cli.progress import LogBesideBars
 from moe_mt.errors import CheckpointError, MoeMtError
 from moe_mt.version import __version__
@@ -16,7 +16,7 @@ from moe_mt.version import __version__
 __all__ = ["main"]
 
 UNEXPECTED, USAGE, MODEL, MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
-COMMANDS = (translate, languages, train, doctor)
+COMMANDS = (translate, languages, train, tune, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,11 +38,13 @@ class _Layer(nn.Module):
         """Return the layer's output (B, L, d_model) and, from a sparse layer, its routing."""
         routing = None
         normed = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, MoELayer):
+        if not isinstance(self.feed_forward, MoELayer):
+            x = self._residual(x, self.feed_forward(normed), self.ffn_output_dropout)
+        elif self.training and self.ffn_output_dropout > 0:
             update, routing = self.feed_forward(normed, padding)
+            x = self._residual(x, update, self.ffn_output_dropout)
         else:
-            update = self.feed_forward(normed)
-        x = self._residual(x, update, self.ffn_output_dropout)
+            x, routing = self.feed_forward(normed, padding, residual=x)
         if x.dtype == torch.float16:
             x = x.clamp(-FLOAT16_LIMIT, FLOAT16_LIMIT)
         return x, routing

@@ -8,14 +8,13 @@ from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
 from moe_mt.moe.experts import Experts
 from moe_mt.moe.layer import MoELayer
 from moe_mt.moe.router import Top2Router
-from moe_mt.moe.routing import Permutation, Routing
+from moe_mt.moe.routing import Routing
 
 __all__ = [
     "Dispatcher",
     "Experts",
     "LocalDispatcher",
     "MoELayer",
-    "Permutation",
     "Routing",
     "Top2Router",
 ]

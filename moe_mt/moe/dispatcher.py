@@ -1,35 +1,47 @@
-"""Where tokens go: on one device, into expert order and back."""
+"""Where tokens go: to experts on this device."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
-
-from moe_mt.moe.routing import Permutation, Routing
-from moe_mt.ops import combine, permute
 
 __all__ = ["Dispatcher", "LocalDispatcher"]
 
 
 class Dispatcher(Protocol):
-    """Send tokens to the experts of a layer and bring their outputs back."""
+    """Send tokens to the experts of a layer, wherever these are, and bring the mixture back."""
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> tuple[Tensor, Permutation]:
-        """Return the tokens that local experts see, and the order they see them in."""
-        ...
+    def dispatch(
+        self,
+        experts: Callable[..., Tensor],
+        x: Tensor,
+        expert_ids: Tensor,
+        gates: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mixture (T, d_model) of the chosen experts, plus the residual.
 
-    def combine(self, expert_rows: Tensor, permutation: Permutation, gates: Tensor) -> Tensor:
-        """Return (T, d_model): expert rows in token order, weighted by gates (T, K)."""
+        Args:
+            experts: ``(x, expert_ids, gates, residual) -> mixture``, as ``Experts`` is. On another
+                device than the token's it is called with one claim a row and no residual.
+            x: (T, d_model).
+            expert_ids: (T, K) int32; ``E`` means dropped.
+            gates: (T, K) float32; zero where dropped.
+            residual: (T, d_model) or ``None``.
+        """
         ...
 
 
 class LocalDispatcher:
-    """All experts on one device: dispatching moves no token, it only decides an order."""
+    """All experts on one device: no token moves."""
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> tuple[Tensor, Permutation]:
-        """Return ``x`` (T, d_model) itself and the order in which experts read its rows."""
-        order, rows, offsets = permute(routing.expert_ids, num_experts)
-        return x, Permutation(order=order, rows=rows, offsets=offsets)
-
-    def combine(self, expert_rows: Tensor, permutation: Permutation, gates: Tensor) -> Tensor:
-        """Return (T, d_model): expert rows (N, d_model) in token order, weighted by gates."""
-        return combine(expert_rows, permutation.rows, gates)
+    def dispatch(
+        self,
+        experts: Callable[..., Tensor],
+        x: Tensor,
+        expert_ids: Tensor,
+        gates: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return what ``experts`` makes of all tokens."""
+        return experts(x, expert_ids, gates, residual)

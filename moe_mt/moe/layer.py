@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
 
         Args:
             router: ``(x (T, d_model), padding (T,) | None) -> Routing``.
-            experts: ``(x, Permutation) -> (N, d_model)``, with ``num_experts``.
+            experts: ``(x, expert_ids, gates, residual) -> (T, d_model)``.
             token_dropout: Expert-output masking: in training each expert output vector is zeroed
                 with this probability, without rescaling; in evaluation outputs are multiplied by
                 ``1 - token_dropout`` (NLLB Team, arXiv:2207.04672, section 6.3).
@@ -42,21 +42,30 @@ class MoELayer(nn.Module):
         self.token_dropout = token_dropout
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Apply the layer.
 
         Args:
             x: (..., d_model). Tokens; leading axes are flattened in order.
             padding: (...) bool, true where a token is padding, or ``None``.
+            residual: Shaped like ``x``; added to the mixture before its one rounding. ``None``
+                adds nothing.
 
         Returns:
-            The mixture, shaped like ``x`` (zero where a token reached no expert), and the routing.
+            The mixture, shaped like ``x`` (zero, or the residual, where a token reached no
+            expert), and the routing.
         """
         tokens = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(tokens, None if padding is None else padding.reshape(-1))
-        sent, permutation = self.dispatcher.dispatch(tokens, routing, self.experts.num_experts)
-        rows = self.experts(sent, permutation)
-        mixture = self.dispatcher.combine(rows, permutation, self._mask_outputs(routing.gates))
+        mixture = self.dispatcher.dispatch(
+            self.experts,
+            tokens,
+            routing.expert_ids,
+            self._mask_outputs(routing.gates),
+            None if residual is None else residual.reshape(tokens.shape),
+        )
         return mixture.view(x.shape), routing
 
     def _mask_outputs(self, gates: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_mt.moe.routing import Routing
-from moe_mt.ops import expert_capacity, route
+from moe_mt.ops import expert_capacity, route, router_logits
 
 __all__ = ["Top2Router"]
 
@@ -72,16 +71,14 @@ class Top2Router(nn.Module):
         if self.route_padding:
             padding = None
         # Autocast would take the scores out of the router's dtype again.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return self._route(x, padding)
 
     def _route(self, x: Tensor, padding: Tensor | None) -> Routing:
-        dtype = self.router_dtype
-        router_logits = functional.linear(x.to(dtype), self.classifier.weight.to(dtype))
-        if self.has_bias:
-            router_logits = router_logits + self.classifier.bias.to(dtype)
+        bias = self.classifier.bias if self.has_bias else None
+        logits = router_logits(x, self.classifier.weight, bias, dtype=self.router_dtype)
         expert_ids, gates = route(
-            router_logits,
+            logits,
             capacity=expert_capacity(
                 x.shape[0],
                 self.num_experts,
@@ -93,17 +90,18 @@ class Top2Router(nn.Module):
             policy=self.policy,
             normalize_before_dropping=self.normalize_before_dropping,
             batch_prioritized=self.batch_prioritized,
-            noise=self._noise(router_logits),
+            noise=self._noise(logits),
         )
-        return Routing(
-            expert_ids=expert_ids, gates=gates, router_logits=router_logits, padding=padding
-        )
+        return Routing(expert_ids=expert_ids, gates=gates, router_logits=logits, padding=padding)
 
-    def _noise(self, router_logits: Tensor) -> Tensor | None:
+    def _noise(self, logits: Tensor) -> Tensor | None:
         if self.policy == "sampling":
-            return (
-                torch.distributions.Gumbel(0.0, 1.0).rsample(router_logits.shape).to(router_logits)
-            )
+            # As torch.distributions draws Gumbel(0, 1), number for number, but on the device of
+            # the logits and without a look at values, which would wait for it.
+            float32 = torch.finfo(torch.float32)
+            uniform = torch.rand(logits.shape, device=logits.device)
+            uniform = float32.tiny + uniform * (1 - float32.eps - float32.tiny)
+            return -(-uniform.log()).log().to(logits.dtype)
         if self.policy == "random":
-            return torch.rand(router_logits.shape[0], device=router_logits.device)
+            return torch.rand(logits.shape[0], device=logits.device)
         return None

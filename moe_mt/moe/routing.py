@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Permutation", "Routing"]
+__all__ = ["Routing"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +25,5 @@ class Routing:
     """(T,) bool, true for tokens that were kept out of routing, or ``None``."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Permutation:
-    """The order that puts claims of one device in expert order."""
-
-    order: Tensor
-    """(N,) int64: the claim ``t * K + k`` at each row."""
-
-    rows: Tensor
-    """(T, K) int64: the row of each claim."""
-
-    offsets: Tensor
-    """(E + 1,) int64: expert ``e`` owns rows ``offsets[e]`` to ``offsets[e + 1]``."""
+# So that torch.export can return it.
+torch.export.register_dataclass(Routing, serialized_type_name="moe_mt.Routing")

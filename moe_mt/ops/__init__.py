@@ -4,9 +4,33 @@ The eager definitions are plain differentiable PyTorch: the CPU path, the oracle
 the specification that kernels are held to. Nothing here knows a module or a parameter.
 """
 
+from moe_mt.ops.backend import backend_for, use_backend
 from moe_mt.ops.combine import combine
 from moe_mt.ops.expert_ffn import ACTIVATIONS, expert_ffn
+from moe_mt.ops.expert_order import expert_order
+from moe_mt.ops.grouped_mm import grouped_mm
 from moe_mt.ops.permute import permute
 from moe_mt.ops.route import expert_capacity, route
+from moe_mt.ops.router_logits import router_logits
+from moe_mt.ops.router_statistics import router_statistics
+from moe_mt.ops.tuning import ExpertShape, TunedProblem, tile_tables, tune, tuning_problems
 
-__all__ = ["ACTIVATIONS", "combine", "expert_capacity", "expert_ffn", "permute", "route"]
+__all__ = [
+    "ACTIVATIONS",
+    "ExpertShape",
+    "TunedProblem",
+    "backend_for",
+    "combine",
+    "expert_capacity",
+    "expert_ffn",
+    "expert_order",
+    "grouped_mm",
+    "permute",
+    "route",
+    "router_logits",
+    "router_statistics",
+    "tile_tables",
+    "tune",
+    "tuning_problems",
+    "use_backend",
+]

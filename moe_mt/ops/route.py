@@ -1,13 +1,15 @@
 """Choose experts and gates from router logits, under a capacity."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_mt.errors import ConfigError
+from moe_mt.ops.backend import register_op, use_triton
 
-__all__ = ["expert_capacity", "route"]
+__all__ = ["expert_capacity", "route", "route_eager"]
 
 POLICIES = ("all", "sampling", "random")
 
@@ -53,7 +55,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts per token and the gates that weight their outputs.
 
-    Probabilities are taken in the dtype of the logits (float32 in every model here). The first
+    Probabilities are taken in the dtype of the logits (float32 in every model here, and the only
+    one that the kernel takes: others are routed by the definition on every device). The first
     expert is the most probable one (lowest index among equals), the next ones the most probable of
     the rest. Tokens claim their experts in order, first choices of all tokens before any second
     choice; a claim beyond ``capacity`` is dropped: its expert id becomes ``E``, its gate zero.
@@ -76,14 +79,54 @@ def route(
         Expert ids (T, K) int32 and gates (T, K) in the logits' dtype, first choice first.
 
     Raises:
-        ConfigError: If ``top_k`` is not between 1 and ``E``, the policy is unknown, or noise that
-            the policy needs is missing.
+        ConfigError: If ``top_k`` is not between 1 and ``E``, the policy is unknown, noise that the
+            policy needs is missing, or the shape of noise or padding is another one.
 
     Source: NLLB Team, arXiv:2207.04672, section 6.2; top-2 gating of GShard, arXiv:2006.16668;
     batch prioritised routing of V-MoE, arXiv:2106.05974.
     """
+    _check(router_logits, top_k, policy, noise)
+    check_padding(router_logits, padding)
+    if use_triton(router_logits) and router_logits.dtype == torch.float32:
+        gates, expert_ids, _ = _route(
+            router_logits,
+            padding,
+            None if policy == "all" else noise,
+            capacity,
+            top_k,
+            policy,
+            normalize_before_dropping,
+            batch_prioritized,
+        )
+        return expert_ids, gates
+    return route_eager(
+        router_logits,
+        capacity=capacity,
+        top_k=top_k,
+        padding=padding,
+        policy=policy,
+        normalize_before_dropping=normalize_before_dropping,
+        batch_prioritized=batch_prioritized,
+        noise=noise,
+    )
+
+
+def route_eager(
+    router_logits: Tensor,
+    *,
+    capacity: int | None = None,
+    top_k: int = 2,
+    padding: Tensor | None = None,
+    policy: str = "all",
+    normalize_before_dropping: bool = False,
+    batch_prioritized: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Define ``route``."""
     num_experts = router_logits.shape[-1]
-    _check(num_experts, top_k, policy, noise)
+    if padding is not None:
+        # What a padded token holds decides nothing; a NaN would spoil even a gradient of zero.
+        router_logits = router_logits.masked_fill(padding[:, None], 0)
     probs = router_logits.softmax(dim=-1)
     expert_ids = _choose(router_logits, top_k, noise if policy == "sampling" else None)
     gates = probs.gather(-1, expert_ids)
@@ -101,17 +144,36 @@ def route(
     # Not a product: a dropped gate is zero whatever a padded token holds, NaN included.
     gates = gates.masked_fill(~kept, 0)
     if not normalize_before_dropping:
-        gates = _normalize(gates)
+        # Zero again: beside a NaN, zero divided is none.
+        gates = _normalize(gates).masked_fill(~kept, 0)
     return expert_ids.masked_fill(~kept, num_experts).to(torch.int32), gates
 
 
-def _check(num_experts: int, top_k: int, policy: str, noise: Tensor | None) -> None:
+def check_padding(router_logits: Tensor, padding: Tensor | None) -> None:
+    """Raise ``ConfigError`` unless padding is ``None`` or says of each token whether it is one."""
+    tokens = router_logits.shape[0]
+    if padding is not None and (padding.shape != (tokens,) or padding.dtype != torch.bool):
+        raise ConfigError(
+            f"padding is {padding.dtype} {tuple(padding.shape)}; it must be bool ({tokens},), "
+            "true where a token is padding"
+        )
+
+
+def _check(router_logits: Tensor, top_k: int, policy: str, noise: Tensor | None) -> None:
+    tokens, num_experts = router_logits.shape
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"top_k is {top_k}; it must be between 1 and the {num_experts} experts")
     if policy not in POLICIES:
         raise ConfigError(f"second expert policy {policy!r} is unknown; choose from {POLICIES}")
-    if policy != "all" and noise is None:
+    if policy == "all":
+        return
+    if noise is None:
         raise ConfigError(f"second expert policy {policy!r} needs its noise as a tensor")
+    shape = (tokens, num_experts) if policy == "sampling" else (tokens,)
+    if noise.shape != shape:
+        raise ConfigError(
+            f"noise is {tuple(noise.shape)}; second expert policy {policy!r} needs {shape}"
+        )
 
 
 def _choose(router_logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
@@ -143,3 +205,92 @@ def _slots(expert_ids: Tensor, kept: Tensor, num_experts: int, order: Tensor | N
     earlier = one_hot.cumsum(0) - one_hot
     slots = earlier.gather(-1, claims[:, None]).view(top_k, tokens).T
     return torch.empty_like(slots).index_copy_(0, order, slots)
+
+
+def _launch(
+    router_logits: Tensor,
+    padding: Tensor | None,
+    noise: Tensor | None,
+    capacity: int | None,
+    top_k: int,
+    policy: str,
+    normalize_before_dropping: bool,
+    batch_prioritized: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moe_mt.kernels import route as kernels
+
+    expert_ids, gates, choices = kernels.route(
+        router_logits,
+        padding,
+        noise,
+        capacity=capacity,
+        top_k=top_k,
+        policy=policy,
+        normalize_before_dropping=normalize_before_dropping,
+        batch_prioritized=batch_prioritized,
+    )
+    return gates, expert_ids, choices
+
+
+def _launch_backward(
+    router_logits: Tensor,
+    expert_ids: Tensor,
+    choices: Tensor,
+    grad_gates: Tensor,
+    normalize_before_dropping: bool,
+) -> Tensor:
+    from moe_mt.kernels import route as kernels
+
+    return kernels.route_backward(
+        router_logits,
+        expert_ids,
+        choices,
+        grad_gates,
+        normalize_before_dropping=normalize_before_dropping,
+    )
+
+
+def _fake(
+    router_logits: Tensor,
+    padding: Tensor | None,
+    noise: Tensor | None,
+    capacity: int | None,
+    top_k: int,
+    *rest: Any,  # noqa: ANN401
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = router_logits.shape[0], top_k
+    expert_ids = router_logits.new_empty(shape, dtype=torch.int32)
+    return router_logits.new_empty(shape), expert_ids, torch.empty_like(expert_ids)
+
+
+def _fake_backward(router_logits: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+    return router_logits.new_empty(router_logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
+    _, expert_ids, choices = output
+    ctx.save_for_backward(inputs[0], expert_ids, choices)
+    ctx.normalize_before_dropping = inputs[6]
+
+
+def _backward(ctx: Any, grad_gates: Tensor, grad_ids: Any, grad_choices: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    grad = _route_backward(*ctx.saved_tensors, grad_gates, ctx.normalize_before_dropping)
+    return grad, *[None] * 7
+
+
+# Floats first: torch.library.opcheck adds up outputs in the dtype of the first.
+_route = register_op(
+    "route(Tensor router_logits, Tensor? padding, Tensor? noise, SymInt? capacity, int top_k, "
+    "str policy, bool normalize_before_dropping, bool batch_prioritized) "
+    "-> (Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+    backward=_backward,
+    setup_context=_save,
+)
+_route_backward = register_op(
+    "route_backward(Tensor router_logits, Tensor expert_ids, Tensor choices, Tensor grad_gates, "
+    "bool normalize_before_dropping) -> Tensor",
+    _launch_backward,
+    _fake_backward,
+)

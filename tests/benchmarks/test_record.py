@@ -63,6 +63,12 @@ def test_a_row_keeps_what_is_worth_keeping_and_nothing_of_the_machine():
     assert "a-host-name" not in json.dumps(rows)
 
 
+def test_a_clock_of_its_own_counts_more_than_that_of_pytest():
+    mine = {"median": 0.1, "q1": 0.1, "q3": 0.1, "rounds": 7}
+    [found] = trim(raw_file(raw(extra={"signature": signed(), "seconds": mine})))
+    assert found["seconds"] == mine
+
+
 def test_a_benchmark_that_failed_leaves_no_row():
     assert trim(raw_file(raw(has_error=True, extra={}))) == []
 
@@ -239,6 +245,36 @@ def test_quality_is_part_of_the_word(recorded, capsys):
     figures = {"sentences": 30, "chrf": 98.76, "exact_match": 0.955}
     recorded(raw(extra={"signature": signed(batch=8), "figures": figures}))  # in three seconds
     assert "10 sentences/s, chrF++ 98.8, exact match 95.5%" in capsys.readouterr().out
+
+
+def test_floor_and_peers_are_part_of_the_word(recorded, capsys):
+    figures = {"floor_s": 2.0, "bytes": 6e9, "flops": 9e12, "warm_s": 0.5}  # in three seconds
+    peers = {
+        "fast": {"seconds": {"median": 1.5}},
+        "eager": {"seconds": {"median": 6.0}, "note": "no graph"},
+        "absent": {"note": "not installed"},
+    }
+    extra = {"signature": signed(batch=8), "figures": figures, "peers": peers, "note": "launched"}
+    recorded(raw(extra=extra))
+    printed = capsys.readouterr().out
+    for line in (
+        "1.50 times the floor of 2000 ms; 2 GB/s, 3 TFLOP/s",
+        "500 ms where compiled kernels are found",
+        "fast: 1500 ms, 0.50 times ours",
+        "eager: 6000 ms, 2.00 times ours (no graph)",
+        "absent: not timed (not installed)",
+        "note: launched",
+    ):
+        assert f"    {line}\n" in printed
+
+
+def test_a_result_file_of_another_machine_is_taken_too(recorded, tmp_path, capsys):
+    copied = tmp_path / "copied.json"
+    copied.write_text(json.dumps({"device": "x", "version": "y", "rows": [row(2.0)]}))
+    assert record.main([str(copied), "--results", str(tmp_path)]) == 0
+    assert "x0.50  seconds 2 (last 1)" in capsys.readouterr().out
+    rows, _ = last_rows("fast-cpu-2-cores", tmp_path)
+    assert [found["seconds"]["median"] for found in rows] == [2.0]
 
 
 @pytest.mark.parametrize("text", [None, "{"])  # pytest never got there; it was cut off

@@ -56,6 +56,42 @@ def translate_row(batch, beam):
     }
 
 
+def graph_row(tokens, *, direction="forward", routing="uniform", ours=2e-3, **more):
+    """A row of a layer as a graph: half as far from its floor as its time, and two peers."""
+    return {
+        "name": f"moe/bench_layer_graph.py::test_{direction}[T{tokens}-{routing}]",
+        "date": "2026-11-21",
+        "seconds": spread(ours),
+        "signature": signature(
+            "layer", f"direction:{direction}|routing:{routing}|T:{tokens}", dtype="bfloat16"
+        ),
+        "figures": {
+            **{"bytes": 8e9, "flops": 1e12, "floor_s": ours / 1.25, "distinct_experts": 110.9},
+            **{"copy_bytes_per_s": 4.3e12, "product_flops_per_s": 7.9e14},
+            **{"extra_bytes": 5_000_000, "launched_s": 2.5 * ours},
+        },
+        "peers": {
+            "grouped_mm": {"seconds": spread(2 * ours)},
+            "loop": {"seconds": spread(4 * ours), "note": "no graph: it waits"},
+            "absent": {"note": "not installed"},
+        },
+        **more,
+    }
+
+
+def operation_row(operation, tokens, *, floor=True, **fields):
+    sizes = "".join(f"|{name}:{value}" for name, value in fields.items())
+    floors = {"floor_s": 4e-6, "copy_bytes_per_s": 4.3e12, "product_flops_per_s": 7.9e14}
+    return {
+        "name": f"ops/bench_{operation}.py::test_{operation}[T{tokens}]",
+        "date": "2026-11-21",
+        "seconds": spread(5e-6),
+        "signature": signature("layer", f"operation:{operation}{sizes}|T:{tokens}"),
+        "figures": {"bytes": 10_000, "flops": 20_000, **(floors if floor else {})},
+        "peers": {"definition": {"seconds": spread(5e-5)}, "other": {"note": "not installed"}},
+    }
+
+
 ROWS = [
     *[layer_row(tokens) for tokens in (2048, 4, 32)],
     *[layer_row(tokens, beside=False) for tokens in (4, 32)],
@@ -99,6 +135,67 @@ def test_every_table_carries_its_signature():
 def test_the_documentation_also_shows_the_layer_alone_with_its_roofline():
     assert table_rows(render_docs(ROWS), 4)[1] == "| 4 | 4.00 (3.60 – 4.40) | 0.04 | 250 | 2,500 |"
     assert len(table_rows(render_readme(ROWS), 4)) == 1
+
+
+def test_a_graph_stands_beside_its_floor_and_every_timed_peer():
+    text = render_readme([graph_row(1024)])
+    assert table_rows(text, "uniform") == [
+        "| uniform | 1024 | 2.00 (1.80 – 2.20) | 1.60 | **1.25** | 4,000 | 500 | 111 | 5.00 | 5.00 "
+        "| 2.00 | 4.00 \\* |"
+    ]
+    assert "| grouped_mm, times ours | loop, times ours |" in text
+    assert "copy 4,300 GB/s, product 790 TFLOP/s" in text
+    assert "\\* loop: no graph: it waits." in text
+    assert "absent not timed: not installed." in text
+
+
+def test_a_graph_that_is_none_is_marked():
+    text = render_readme([graph_row(1, note="no graph: ours waits")])
+    assert "2.00 (1.80 – 2.20) \\* |" in text
+    assert "\\* ours: no graph: ours waits." in text
+
+
+def test_a_peer_that_was_not_timed_at_this_size_leaves_its_cell_empty():
+    other = graph_row(32, peers={"grouped_mm": {"note": "too large"}})
+    [cells] = [row for row in table_rows(render_readme([graph_row(1), other]), "uniform")][1:]
+    assert cells.endswith("| – | – |")
+
+
+def test_graphs_are_ordered_by_routing_then_by_size():
+    rows = [graph_row(1024, routing="zipf"), graph_row(1024), graph_row(8), graph_row(128)]
+    found = re.findall(r"^\| (uniform|zipf) \| (\d+)", render_docs(rows), re.MULTILINE)
+    assert found == [("uniform", "8"), ("uniform", "128"), ("uniform", "1024"), ("zipf", "1024")]
+
+
+def test_backward_has_a_table_of_its_own():
+    text = render_readme([graph_row(1024), graph_row(1024, direction="backward")])
+    assert text.count("---:|\n") == 2
+    assert "direction:backward|" in text
+
+
+def test_the_first_call_is_shown_with_and_without_compiled_kernels():
+    row = {
+        "name": "moe/bench_layer_graph.py::test_first_call[forward-T1]",
+        "seconds": spread(12.0),
+        "signature": signature("layer", "direction:forward|T:1"),
+        "figures": {"warm_s": 0.5},
+    }
+    assert table_rows(render_docs([row]), "forward") == ["| forward | 1 | 12.0 | 0.50 |"]
+
+
+def test_operations_stand_in_one_table_with_what_else_computes_them():
+    rows = [
+        operation_row("route", 8, capacity="none"),
+        operation_row("permute", 1024),
+        operation_row("permute", 8, floor=False),
+    ]
+    text = render_docs(rows)
+    assert re.findall(r"^\| (?:permute|route) .*$", text, re.MULTILINE) == [
+        "| permute | – | 8 | 5.00 (4.50 – 5.50) | – | – | 2.00 | 4.00 | definition 10.0 |",
+        "| permute | – | 1024 | 5.00 (4.50 – 5.50) | 4.00 | 1.25 | 2.00 | 4.00 | definition 10.0 |",
+        "| route | none | 8 | 5.00 (4.50 – 5.50) | 4.00 | 1.25 | 2.00 | 4.00 | definition 10.0 |",
+    ]
+    assert "permute" not in render_readme(rows)
 
 
 def test_precisions_get_a_table_each():
@@ -170,6 +267,21 @@ def test_the_report_writes_readme_documentation_and_pictures(project):
     assert "old table" not in readme
     assert "transformers-4.57.1" in files[layer].decode()
     assert "chrF++ 98.8" in files[translate].decode()
+
+
+def test_graphs_are_drawn_with_floor_and_peers(project):
+    rows = [graph_row(t, routing=r) for t in (1, 1024) for r in ("uniform", "zipf")]
+    rows += [graph_row(1024, direction="backward")]  # one point, one panel
+    write_rows(rows, project / "results")
+    assert make_report(project) == 0
+    setting = "fast-cpu-2-cores-layer-bfloat16-2-threads"
+    files = written(project)
+    for direction, panels in (("forward", ("uniform", "zipf")), ("backward", ("uniform",))):
+        picture = files[f"docs/images/{direction}-{setting}.svg"].decode()
+        assert f"(docs/images/{direction}-{setting}.svg)" in files["README.md"].decode()
+        for words in (*[f"{routing} routing" for routing in panels], "floor", "grouped_mm", "loop"):
+            assert words in picture
+        assert "absent" not in picture
 
 
 def test_the_same_results_give_the_same_bytes(project):

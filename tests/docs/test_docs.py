@@ -207,7 +207,9 @@ def is_quick(options: argparse.Namespace | None) -> bool:
         return True
     if options.command == "train" and options.steps > MOST_STEPS:
         return False
-    model = getattr(options, "model", "tiny")
+    if options.command == "tune" and not options.dry_run:
+        return False
+    model = getattr(options, "model", "tiny") or "tiny"
     return model == "tiny" or Path(model).is_dir()
 
 
@@ -416,10 +418,12 @@ def documented_default(action: argparse.Action) -> str:
         return "unset"
     if action.nargs == 0:
         return "off"
+    if isinstance(action.default, tuple):
+        return " ".join(map(str, action.default))
     return str(action.default) or "none"
 
 
-COMMAND_TABLES = {"common": 0, "translate": 1, "model": 2, "languages": 3, "train": 4}
+COMMAND_TABLES = {"common": 0, "translate": 1, "model": 2, "languages": 3, "train": 4, "tune": 5}
 
 
 @pytest.mark.parametrize(
@@ -429,6 +433,7 @@ COMMAND_TABLES = {"common": 0, "translate": 1, "model": 2, "languages": 3, "trai
         ("languages", ["common", "languages"]),
         ("doctor", ["common"]),
         ("train", ["common", "model", "train"]),
+        ("tune", ["common", "tune"]),
     ],
 )
 def test_command_option_tables(command, parts):
@@ -453,7 +458,7 @@ def test_exit_codes_table():
     described = CLI._parser().epilog.removeprefix("exit codes: ").split("; ")
     assert [*table("command-line.md", "code")] == [code.split()[0] for code in described]
     assert [*table("command-line.md", "`--format`")] == ["`lines`", "`tsv`", "`jsonl`"]
-    assert [*command_parsers()] == ["translate", "languages", "train", "doctor"]
+    assert [*command_parsers()] == ["translate", "languages", "train", "tune", "doctor"]
 
 
 def test_training_options_are_those_of_the_trainer():

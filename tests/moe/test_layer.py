@@ -143,19 +143,43 @@ def test_training_masks_whole_expert_outputs_without_rescaling():
         assert abs(count - 2000 * probability) < 5 * deviation
 
 
-def test_dispatcher_and_experts_are_seams():
+def test_experts_are_a_seam():
     # Experts that return their input: the mixture is the input times the sum of its gates.
     class Identity(torch.nn.Module):
-        num_experts = 4
-
-        def forward(self, x, permutation):
-            kept = permutation.order[: permutation.offsets[-1]]
-            rows = torch.zeros(len(permutation.order), x.shape[1], dtype=x.dtype)
-            rows[: len(kept)] = x[kept // 2]
-            return rows
+        def forward(self, x, expert_ids, gates, residual=None):
+            assert torch.equal(gates == 0, expert_ids == 4)
+            mixture = x * gates.sum(-1, keepdim=True)
+            return mixture if residual is None else residual + mixture
 
     layer = make_layer(eval_capacity_fraction=0.3)
     layer.experts = Identity()
     x = random_tokens(20)
     mixture, routing = layer(x)
     torch.testing.assert_close(mixture, x * routing.gates.sum(-1, keepdim=True))
+    torch.testing.assert_close(layer(x, residual=x)[0], x + mixture)
+
+
+def test_the_dispatcher_is_a_seam():
+    # One that sends every claim to the experts by itself, as one to other devices does.
+    class ByClaim:
+        def dispatch(self, experts, x, expert_ids, gates, residual=None):
+            top_k = expert_ids.shape[1]
+            claims = x.repeat_interleave(top_k, 0), expert_ids.view(-1, 1), gates.view(-1, 1)
+            return experts(*claims).view(-1, top_k, x.shape[1]).sum(1) + residual
+
+    layer = make_layer(eval_capacity_fraction=0.3)
+    x, residual = random_tokens(20), torch.randn(20, D_MODEL, dtype=torch.float64)
+    expected, _ = layer(x, residual=residual)
+    layer.dispatcher = ByClaim()
+    torch.testing.assert_close(layer(x, residual=residual)[0], expected)
+
+
+def test_the_residual_is_added_and_is_all_that_dropped_tokens_get():
+    layer, x = make_layer(eval_capacity_fraction=0.2), random_tokens(2, 10)
+    residual = torch.randn_like(x)
+    mixture, routing = layer(x)
+    found, _ = layer(x, residual=residual)
+    torch.testing.assert_close(found, mixture + residual)
+    dropped = (routing.expert_ids == 4).all(-1).view(2, 10)
+    assert dropped.any()
+    assert torch.equal(found[dropped], residual[dropped])

@@ -3,6 +3,8 @@ import torch
 
 from moe_mt.moe import Top2Router
 from moe_mt.ops import route
+from moe_mt.ops.backend import use_backend
+from tests.closeness import assert_near
 
 D_MODEL, EXPERTS = 6, 4
 
@@ -125,3 +127,56 @@ def test_autocast_leaves_the_router_s_dtype_alone():
         found = router(x)
     assert found.router_logits.dtype == torch.float32
     assert torch.equal(found.expert_ids, router(x).expert_ids)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_route_like_the_definition(kernel_device, bias, training, dtype):
+    router = make_router(bias=bias, train_capacity=5).to(kernel_device).train(training)
+    x = tokens(33).to(kernel_device, dtype).requires_grad_()
+    padding = torch.arange(33, device=kernel_device) >= 30
+    inputs = [x, *router.parameters()]
+    found = {}
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            routing = router(x, padding)
+            loss = (routing.gates[:, 0] * x[:, 0].detach()).sum() + routing.router_logits.sum()
+            found[backend] = routing, torch.autograd.grad(loss, inputs)
+    (mine, my_grads), (theirs, their_grads) = found["triton"], found["eager"]
+    assert torch.equal(mine.expert_ids, theirs.expert_ids)
+    assert_near(mine.router_logits, theirs.router_logits, torch.float32)
+    assert_near(mine.gates, theirs.gates, torch.float32)
+    for my_grad, their_grad in zip(my_grads, their_grads, strict=True):
+        assert my_grad.dtype == their_grad.dtype
+        assert_near(my_grad, their_grad, my_grad.dtype)
+
+
+@pytest.mark.triton
+def test_kernels_leave_the_router_s_dtype_to_the_router(kernel_device):
+    x = tokens().to(kernel_device)
+    halves = make_router(router_dtype=torch.bfloat16).to(kernel_device).eval()(x)
+    assert halves.router_logits.dtype == halves.gates.dtype == torch.bfloat16
+    router = make_router().to(kernel_device).eval()
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        found = router(x)
+    assert found.router_logits.dtype == torch.float32
+    assert torch.equal(found.router_logits, router(x).router_logits)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_router_of_kernels_compiles_whole(kernel_device, dynamic):
+    router = make_router(eval_capacity_fraction=0.25).to(kernel_device).eval()
+
+    def routed(x, padding):
+        routing = router(x, padding)
+        return routing.expert_ids, routing.gates
+
+    compiled = torch.compile(routed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for count in (12, 40):
+        x = tokens(count).to(kernel_device)
+        padding = torch.arange(count, device=kernel_device) >= 10
+        for mine, theirs in zip(compiled(x, padding), routed(x, padding), strict=True):
+            assert torch.equal(mine, theirs)

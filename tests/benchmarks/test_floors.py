@@ -1,0 +1,76 @@
+"""Bytes, operations and floors of the 54B's layer, and how the ceilings are measured."""
+
+import pytest
+import torch
+
+from benchmarks import floors
+from benchmarks.floors import Ceilings, Work, layer_backward, layer_forward, measure_ceilings
+from benchmarks.shapes import NLLB_MOE_54B, LayerShape
+
+H200 = Ceilings(bytes_per_s=4.3e12, flops_per_s=790e12)
+BFLOAT16 = 2
+
+
+def distinct(tokens):
+    """Return how many of 128 experts ``tokens`` tokens hit that choose two at random."""
+    return 128 * (1 - (1 - 1 / 64) ** tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "weight_gb", "rows_mb", "gflop", "microseconds"),
+    [
+        # The table that the targets of the project were derived from.
+        (1, 2.00, 0.134, 0.09, 0.13, 31.2),
+        (8, 15.15, 1.017, 0.72, 1.07, 237),
+        (32, 50.67, 3.400, 2.88, 4.29, 792),
+        (128, 110.95, 7.446, 11.5, 17.2, 1734),
+        (1024, 128, 8.590, 92, 137, 2019),
+        (4096, 128, 8.590, 369, 550, 2083),
+        (16384, 128, 8.590, 1476, 2199, 2784),  # the only one that arithmetic bounds
+    ],
+)
+def test_forward_floors_are_those_of_the_design(
+    tokens, experts, weight_gb, rows_mb, gflop, microseconds
+):
+    hit = distinct(tokens)
+    assert hit == pytest.approx(experts, abs=0.01)
+    work = layer_forward(NLLB_MOE_54B, tokens, hit, BFLOAT16)
+    weights = layer_forward(NLLB_MOE_54B, 0, hit, BFLOAT16)
+    assert weights.bytes / 1e9 == pytest.approx(weight_gb, abs=0.002)
+    assert (work.bytes - weights.bytes) / 1e6 == pytest.approx(rows_mb, rel=0.01)
+    assert work.flops / 1e9 == pytest.approx(gflop, rel=0.04)
+    assert 1e6 * H200.floor_s(work) == pytest.approx(microseconds, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "milliseconds"),
+    [(1024, 4.04), (4096, 4.175), (16384, 5.567)],  # bytes, bytes, arithmetic
+)
+def test_backward_floors_are_those_of_the_design(tokens, milliseconds):
+    work = layer_backward(NLLB_MOE_54B, tokens, 128, BFLOAT16)
+    assert 1e3 * H200.floor_s(work) == pytest.approx(milliseconds, abs=0.001)
+
+
+def test_backward_writes_the_gradient_of_experts_that_nobody_hit():
+    shape = LayerShape(name="x", d_model=8, ffn_dim=16, num_experts=4)
+    none, all_hit = (layer_backward(shape, 0, hit, BFLOAT16) for hit in (0, 4))
+    assert none.bytes == 4 * shape.expert_weights * BFLOAT16
+    assert all_hit.bytes == 2 * none.bytes
+
+
+def test_the_later_of_the_two_ceilings_is_the_floor():
+    ceilings = Ceilings(bytes_per_s=10, flops_per_s=100)
+    assert ceilings.floor_s(Work(bytes=20, flops=100)) == 2
+    assert ceilings.floor_s(Work(bytes=10, flops=300)) == 3
+
+
+def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch):
+    monkeypatch.setattr(floors, "measure", lambda *_args, **_kwargs: {"median": 0.5})
+    found = measure_ceilings(torch.device("cpu"), torch.float32, copy_bytes=1000, side=10)
+    assert found == Ceilings(bytes_per_s=4000, flops_per_s=4000)
+
+
+def test_ceilings_can_be_measured():
+    found = measure_ceilings(torch.device("cpu"), torch.float32, copy_bytes=1000, side=10, rounds=1)
+    assert found.bytes_per_s > 0
+    assert found.flops_per_s > 0
