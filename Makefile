@@ -16,7 +16,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/ops tests/moe tests/models
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/ops tests/moe tests/models tests/gpu tests/test_losses.py
 	$(BIN)/python -m benchmarks.ahead_of_time --check --changed
 
 # Compiles every kernel for GPUs that are not here and writes what came out; ARGS=--check compares.
@@ -82,7 +82,7 @@ SHARED = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
 test-gpu: $(addprefix test-gpu-,$(or $(PART),kernels full))
 
 test-gpu-kernels:
-	$(ON_GPU) -m triton tests/ops tests/moe tests/models $(SHARED) $(ARGS)
+	$(ON_GPU) -m triton tests/ops tests/moe tests/models tests/test_losses.py $(SHARED) $(ARGS)
 
 test-gpu-full:
 	$(ON_GPU) -m 'gpu or triton' tests/gpu tests/checkpoints $(ARGS)
