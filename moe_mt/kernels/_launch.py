@@ -11,7 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Accelerator", "Launch", "accelerator_of", "launch", "record_launches"]
+__all__ = [
+    "Accelerator",
+    "Launch",
+    "accelerator_of",
+    "inner_contiguous",
+    "launch",
+    "record_launches",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -70,6 +77,11 @@ def _on_device_of(arguments: dict[str, Any]) -> Any:  # noqa: ANN401
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def inner_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where its last stride is 1, which kernels rely on, or a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def accelerator_of(tensor: Tensor) -> Accelerator:

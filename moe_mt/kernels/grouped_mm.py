@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mt.kernels._configurations import Tile, choose_tile, programs_for
-from moe_mt.kernels._launch import launch
+from moe_mt.kernels._launch import inner_contiguous, launch
 from moe_mt.kernels._tiles import (
     dot,
     element_offset,
@@ -255,10 +255,10 @@ def grouped_mm(
     """Return ``x[r] @ weight[e].T + bias[e]`` (N, out); rows past the last offset as in ``out``.
 
     Args:
-        x: (N, in), rows in expert order, contiguous.
-        weight: (E, out, in), innermost stride 1.
+        x: (N, in), rows in expert order, any strides, as of all inputs.
+        weight: (E, out, in).
         offsets: (E + 1,) int64.
-        bias: (E, out), innermost stride 1, or ``None``.
+        bias: (E, out) or ``None``.
         out: (N, out) to write to; where ``None``, uninitialised memory.
     """
     out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
@@ -278,8 +278,8 @@ def grouped_mm_grad_input(
     """Return ``grad[r] @ weight[e]`` (N, in), plus the same of a second pair.
 
     Args:
-        grad: (N, out), contiguous.
-        weight: (E, out, in), innermost stride 1.
+        grad: (N, out), any strides, as of all inputs.
+        weight: (E, out, in).
         offsets: (E + 1,) int64.
         second: Another grad and weight of the same shapes, or ``None``.
         out: (N, in) to write to; where ``None``, uninitialised memory.
@@ -304,7 +304,9 @@ def _launch_grouped_mm(
     second: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     num_experts, inner, outer = weight.shape[0], x.shape[1], out.shape[1]
-    second_x, second_weight = second if second is not None else (None, None)
+    x, weight = inner_contiguous(x), inner_contiguous(weight)
+    bias = None if bias is None else inner_contiguous(bias)
+    second_x, second_weight = map(inner_contiguous, second) if second else (None, None)
     launch(
         _grouped_mm_kernel,
         (programs_for(tile, x, num_experts, outer),),
@@ -351,8 +353,8 @@ def grouped_mm_grad_weight(
     """Return the gradients of the weight (E, out, in) and, where wanted, of the bias (E, out).
 
     Args:
-        grad: (N, out), gradient of each row, innermost stride 1.
-        x: (N, in), or (T, in) with ``order``, innermost stride 1.
+        grad: (N, out), gradient of each row, any strides.
+        x: (N, in), or (T, in) with ``order``, any strides.
         offsets: (E + 1,) int64.
         order: (N,) int64: row ``r`` was computed from ``x[order[r] // top_k]``; or ``None``.
         top_k: Claims per row of ``x``.
@@ -360,6 +362,7 @@ def grouped_mm_grad_weight(
         bias: Whether the bias's gradient is wanted.
     """
     num_experts, outer, inner = offsets.shape[0] - 1, grad.shape[1], x.shape[1]
+    grad, x = inner_contiguous(grad), inner_contiguous(x)
     grad_weight = grad.new_empty(num_experts, outer, inner, dtype=weight_dtype)
     grad_bias = grad.new_empty(num_experts, outer, dtype=weight_dtype) if bias else None
     tile = choose_tile("grad_weight", grad, num_experts, outer, inner)

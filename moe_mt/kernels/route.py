@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mt.kernels._launch import launch
+from moe_mt.kernels._launch import inner_contiguous, launch
 from moe_mt.kernels._tiles import element_offset
 from moe_mt.kernels.expert_order import expert_order
 
@@ -282,13 +282,13 @@ def route(
     """
     tokens, num_experts = router_logits.shape
     binding = capacity is not None and capacity < tokens
-    logits = _inner_contiguous(router_logits)
+    logits = inner_contiguous(router_logits)
     choices = logits.new_empty(tokens, top_k, dtype=torch.int32)
     gates = logits.new_empty(tokens, top_k)
     # Claims that must be counted stand choice by choice: all first choices before any second one.
     claims = choices.new_empty((top_k, tokens) if binding else (tokens, top_k))
     best_probs = logits.new_empty(tokens) if binding and batch_prioritized else None
-    noise = None if noise is None else _inner_contiguous(noise)
+    noise = None if noise is None else inner_contiguous(noise)
     block_tokens = block_of(num_experts)
     launch(
         _choose_kernel,
@@ -363,7 +363,7 @@ def route_backward(
     """
     tokens, num_experts = router_logits.shape
     top_k = choices.shape[1]
-    logits = _inner_contiguous(router_logits)
+    logits = inner_contiguous(router_logits)
     grad_logits = logits.new_empty(tokens, num_experts)
     block_tokens = block_of(num_experts)
     launch(
@@ -385,7 +385,3 @@ def route_backward(
         num_warps=warps_of(num_experts),
     )
     return grad_logits
-
-
-def _inner_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

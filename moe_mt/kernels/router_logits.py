@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mt.kernels._launch import accelerator_of, launch
+from moe_mt.kernels._launch import accelerator_of, inner_contiguous, launch
 from moe_mt.kernels._tiles import dot, element_offset
 
 __all__ = ["router_logits"]
@@ -92,8 +92,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (E, d_model), any float dtype.
         bias: (E,), any float dtype, or ``None``.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    x, weight = inner_contiguous(x), inner_contiguous(weight)
     # Widening in the kernel, beside float32 tokens, would not fit the registers.
     weight = weight if weight.dtype == x.dtype else weight.float()
     tokens, num_experts = x.shape[0], weight.shape[0]

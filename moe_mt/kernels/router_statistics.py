@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mt.kernels._launch import launch
+from moe_mt.kernels._launch import inner_contiguous, launch
 from moe_mt.kernels._tiles import element_offset
 from moe_mt.kernels.route import block_of, largest, softmax, warps_of
 
@@ -112,7 +112,7 @@ def router_statistics(
         router_logits: (T, E), any kernel dtype.
         padding: (T,) bool or ``None``.
     """
-    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    logits = inner_contiguous(router_logits)
     tokens, num_experts = logits.shape
     programs = triton.cdiv(tokens, TOKENS_PER_PROGRAM)
     choices = logits.new_empty(programs, num_experts, dtype=torch.int32)
@@ -148,7 +148,7 @@ def router_statistics_backward(
         grad_probs: (E,) float32.
         grad_squares: () float32.
     """
-    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    logits = inner_contiguous(router_logits)
     tokens, num_experts = logits.shape
     grad_logits = logits.new_empty(tokens, num_experts)
     block_tokens = block_of(num_experts)

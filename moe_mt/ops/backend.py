@@ -65,8 +65,7 @@ def use_triton(x: Tensor) -> bool:
         BackendUnavailableError: If kernels were asked for and cannot run on ``x``.
         ConfigError: If ``MOE_MT_BACKEND`` names no backend.
     """
-    if _requested not in BACKENDS:
-        _checked(_requested, "MOE_MT_BACKEND")
+    _checked(_requested, "MOE_MT_BACKEND")
     # Meta tensors have shapes only, and the shapes of both implementations are the same.
     reachable = _HAS_TRITON and (x.is_cuda or x.is_meta or _INTERPRETED)
     runnable = reachable and x.dtype in KERNEL_DTYPES

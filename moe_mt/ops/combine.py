@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_mt.errors import ConfigError
 from moe_mt.ops.backend import register_op, use_triton
 
-__all__ = ["combine", "combine_eager"]
+__all__ = ["combine", "combine_eager", "dtype_of"]
 
 
 def combine(
@@ -59,7 +59,7 @@ def combine_eager(
         out = torch.addcmul(out, _gather(expert_rows, rows, masked, k).to(wide), gates[:, k, None])
     if residual is not None:
         out = residual.to(wide) + out
-    return out.to(_dtype_of(expert_rows, residual))
+    return out.to(dtype_of(expert_rows, residual))
 
 
 def _gather(expert_rows: Tensor, rows: Tensor, masked: Tensor | None, k: int) -> Tensor:
@@ -68,7 +68,8 @@ def _gather(expert_rows: Tensor, rows: Tensor, masked: Tensor | None, k: int) ->
     return gathered if masked is None else gathered.masked_fill_(masked[:, k, None], 0)
 
 
-def _dtype_of(expert_rows: Tensor, residual: Tensor | None) -> torch.dtype:
+def dtype_of(expert_rows: Tensor, residual: Tensor | None) -> torch.dtype:
+    """Return the dtype of a mixture: that of its rows, or a wider one of the residual."""
     if residual is None:
         return expert_rows.dtype
     return torch.promote_types(expert_rows.dtype, residual.dtype)
@@ -95,7 +96,7 @@ def _launch(expert_rows: Tensor, rows: Tensor, gates: Tensor, residual: Tensor |
 
 
 def _fake(expert_rows: Tensor, rows: Tensor, gates: Tensor, residual: Tensor | None) -> Tensor:
-    dtype = _dtype_of(expert_rows, residual)
+    dtype = dtype_of(expert_rows, residual)
     return expert_rows.new_empty(rows.shape[0], expert_rows.shape[1], dtype=dtype)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moe_mt.errors import ConfigError
 from moe_mt.ops.backend import register_op, use_triton
-from moe_mt.ops.combine import combine, combine_eager
+from moe_mt.ops.combine import combine, combine_eager, dtype_of
 from moe_mt.ops.expert_order import expert_order, expert_order_eager
 from moe_mt.ops.grouped_mm import grouped_mm
 from moe_mt.ops.permute import permute
@@ -272,9 +272,9 @@ def _launch(
         x.contiguous(),
         expert_ids.contiguous(),
         gates.float().contiguous(),
-        kernels.Weights(*map(_inner_contiguous, weights)),
+        kernels.weights_of(weights),
         activation=activation,
-        residual=_inner_contiguous(residual),
+        residual=residual,
     )
 
 
@@ -283,8 +283,7 @@ def _fake(x: Tensor, *others: Any) -> Tensor:  # noqa: ANN401
 
 
 def _output_like(x: Tensor, residual: Tensor | None) -> Tensor:
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype_of(x, residual))
 
 
 def _launch_train(
@@ -300,9 +299,9 @@ def _launch_train(
         x.contiguous(),
         expert_ids.contiguous(),
         gates.float().contiguous(),
-        kernels.Weights(*map(_inner_contiguous, weights)),
+        kernels.weights_of(weights),
         activation=activation,
-        residual=_inner_contiguous(residual),
+        residual=residual,
     )
     return (out, *(x.new_empty(0) if tensor is None else tensor for tensor in saved))
 
@@ -367,7 +366,7 @@ def _launch_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # no
         x.contiguous(),
         expert_ids.contiguous(),
         gates.float().contiguous(),
-        kernels.Weights(*map(_inner_contiguous, tensors[:6])),
+        kernels.weights_of(tensors[:6]),
         kernels.Saved(order, rows, offsets, *kept),
         kernels.Needed(*needed),
         activation=activation,
@@ -389,11 +388,6 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa
         gates.new_empty(gates.shape),
         *map(x.new_empty, shapes),
     )
-
-
-def _inner_contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Kernels take any strides but the last; one that is not 1 costs a copy."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 _expert_ffn = register_op(f"expert_ffn({_INPUTS}, Tensor? residual) -> Tensor", _launch, _fake)

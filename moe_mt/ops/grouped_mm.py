@@ -72,8 +72,7 @@ def _launch(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> 
     from moe_mt.kernels import grouped_mm as kernels
 
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    bias = None if bias is None else _inner_contiguous(bias)
-    return kernels.grouped_mm(x.contiguous(), _inner_contiguous(weight), offsets, bias, out=out)
+    return kernels.grouped_mm(x, weight, offsets, bias, out=out)
 
 
 def _fake(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,12 +84,9 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moe_mt.kernels import grouped_mm as kernels
 
-    grad = grad.contiguous()
-    grad_x = kernels.grouped_mm_grad_input(
-        grad, _inner_contiguous(weight), offsets, out=x.new_zeros(x.shape)
-    )
+    grad_x = kernels.grouped_mm_grad_input(grad, weight, offsets, out=x.new_zeros(x.shape))
     grad_weight, grad_bias = kernels.grouped_mm_grad_weight(
-        grad, x.contiguous(), offsets, weight_dtype=weight.dtype, bias=bias
+        grad, x, offsets, weight_dtype=weight.dtype, bias=bias
     )
     return grad_x, grad_weight, grad.new_empty(0) if grad_bias is None else grad_bias
 
@@ -100,10 +96,6 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_bias = x.new_empty(weight.shape[:2] if bias else 0)
     return x.new_empty(x.shape), x.new_empty(weight.shape), grad_bias
-
-
-def _inner_contiguous(weight: Tensor) -> Tensor:
-    return weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401

@@ -5,11 +5,13 @@ backward pass keeps neither the experts' outputs nor any row in expert order bes
 (the identity for the gates' gradient is that of SonicMoE, arXiv:2512.14080).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_mt.kernels._launch import inner_contiguous
 from moe_mt.kernels.combine import combine, combine_grad
 from moe_mt.kernels.expert_ffn.decode import expert_ffn_decode
 from moe_mt.kernels.expert_ffn.grouped import hidden_grad, hidden_rows
@@ -20,7 +22,15 @@ from moe_mt.kernels.grouped_mm import (
     grouped_mm_grad_weight,
 )
 
-__all__ = ["Needed", "Saved", "Weights", "expert_ffn", "expert_ffn_backward", "expert_ffn_forward"]
+__all__ = [
+    "Needed",
+    "Saved",
+    "Weights",
+    "expert_ffn",
+    "expert_ffn_backward",
+    "expert_ffn_forward",
+    "weights_of",
+]
 
 DECODE_CLAIMS = 16
 """Most claims of a call that takes the decode path, if there are as many experts: each claim
@@ -36,6 +46,11 @@ class Weights(NamedTuple):
     up_bias: Tensor | None
     gate_bias: Tensor | None
     down_bias: Tensor | None
+
+
+def weights_of(tensors: Iterable[Tensor | None]) -> Weights:
+    """Return the weights, in the order of ``Weights``, laid out as kernels read them."""
+    return Weights(*(t if t is None else inner_contiguous(t) for t in tensors))  # pyright: ignore
 
 
 class Saved(NamedTuple):
