@@ -5,9 +5,17 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.graphs import capture, measure
-from benchmarks.shapes import LayerShape
+from benchmarks.shapes import AttentionShape, LayerShape
 
-__all__ = ["Ceilings", "Work", "layer_backward", "layer_forward", "measure_ceilings"]
+__all__ = [
+    "Ceilings",
+    "Work",
+    "attention_backward",
+    "attention_forward",
+    "layer_backward",
+    "layer_forward",
+    "measure_ceilings",
+]
 
 COPY_BYTES, PRODUCT_SIDE = 2**30, 8192
 
@@ -75,6 +83,45 @@ def layer_backward(shape: LayerShape, tokens: int, distinct: float, item_bytes: 
     return Work(
         bytes=(weights + rows) * item_bytes,
         flops=4 * claims * shape.expert_weights,
+    )
+
+
+def attention_forward(shape: AttentionShape, valid_keys: int, item_bytes: int) -> Work:
+    """Return the work of one cross-attention, forward.
+
+    Moved: queries read, output written, valid keys and values read once for all beams. Computed:
+    two products.
+
+    Args:
+        shape: Of the call.
+        valid_keys: Keys of all sentences that are no padding.
+        item_bytes: Bytes of one number.
+    """
+    width = shape.heads * shape.d_head
+    query_rows = shape.sentences * shape.queries
+    return Work(
+        bytes=(2 * query_rows + 2 * valid_keys) * width * item_bytes,
+        flops=4 * shape.queries * valid_keys * width,
+    )
+
+
+def attention_backward(shape: AttentionShape, valid_keys: int, item_bytes: int) -> Work:
+    """Return the work of one cross-attention, backward.
+
+    Moved: queries, output and its gradient read, the gradient of queries written; valid keys and
+    values read; the gradients of all keys and values written, zeros included. Computed: five
+    products, for the weights, which nobody keeps, are one of them.
+
+    Args:
+        shape: Of the call.
+        valid_keys: Keys of all sentences that are no padding.
+        item_bytes: Bytes of one number.
+    """
+    width = shape.heads * shape.d_head
+    query_rows, key_rows = shape.sentences * shape.queries, shape.sentences * shape.keys
+    return Work(
+        bytes=(4 * query_rows + 2 * valid_keys + 2 * key_rows) * width * item_bytes,
+        flops=10 * shape.queries * valid_keys * width,
     )
 
 

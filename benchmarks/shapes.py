@@ -6,14 +6,18 @@ import torch
 
 __all__ = [
     "BACKWARD_TOKENS",
+    "PADDINGS",
+    "AttentionShape",
     "LayerShape",
     "TranslateShape",
+    "decode_shapes",
     "graph_shape",
     "graph_tokens",
     "layer_shape",
     "layer_tokens",
     "operation_shape",
     "operation_tokens",
+    "training_shapes",
     "translate_shapes",
 ]
 
@@ -32,6 +36,35 @@ class LayerShape:
     def expert_weights(self) -> int:
         """Numbers in the two matrices of one expert."""
         return 2 * self.d_model * self.ffn_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """One call of cross-attention."""
+
+    sentences: int
+    beams: int = 1
+    length: int = 1
+    """Target tokens of a hypothesis: one while decoding."""
+
+    keys: int
+    heads: int = 16
+    d_head: int = 128
+
+    @property
+    def name(self) -> str:
+        """The model that it is of, as a signature says it."""
+        return f"{self.heads}-heads-of-{self.d_head}"
+
+    @property
+    def queries(self) -> int:
+        """Query rows of one sentence."""
+        return self.beams * self.length
+
+    @property
+    def sizes(self) -> str:
+        """What tells it from other shapes, in a word."""
+        return f"{self.sentences}x{self.queries}-S{self.keys}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +102,33 @@ OPERATION_TOKENS_ON_CPU = (32, 512)
 TOY_TOKENS, TOY_BACKWARD_TOKENS = (1, 20), (20,)
 """One call of the path for few tokens, one of the other."""
 
+DECODE_ON_GPU = (
+    AttentionShape(sentences=32, beams=4, keys=64),
+    AttentionShape(sentences=32, beams=1, keys=64),
+    AttentionShape(sentences=8, beams=4, keys=64),
+    AttentionShape(sentences=1, beams=1, keys=64),
+    AttentionShape(sentences=1, beams=4, keys=512),
+    AttentionShape(sentences=32, beams=5, keys=256),
+)
+"""Full batches and a few sentences; the last but one fills a GPU only if its keys are split."""
+
+TRAINING_ON_GPU = (
+    *(AttentionShape(sentences=32, length=size, keys=size) for size in (128, 256, 512)),
+    AttentionShape(sentences=8, length=64, keys=1500, heads=20, d_head=64),
+)
+"""Sentences of one length with their translations; the last has the sizes of Whisper."""
+
+DECODE_ON_CPU = (
+    AttentionShape(sentences=32, beams=4, keys=64, d_head=64),
+    AttentionShape(sentences=1, beams=5, keys=64, d_head=64),
+)
+TRAINING_ON_CPU = (AttentionShape(sentences=4, length=64, keys=64, d_head=64),)
+TOY_DECODE = (AttentionShape(sentences=2, beams=3, keys=20, heads=1, d_head=16),)
+TOY_TRAINING = (AttentionShape(sentences=2, length=17, keys=20, heads=1, d_head=16),)
+
+PADDINGS = (0, 40)
+"""Per cent of the keys that are padding, over all sentences."""
+
 CPU_TRANSLATE = (
     TranslateShape(batch=1, beam=1),
     TranslateShape(batch=32, beam=1),
@@ -104,6 +164,20 @@ def operation_tokens(device: torch.device, *, rehearsal: bool) -> tuple[int, ...
     if rehearsal:
         return TOY_TOKENS
     return GPU_TOKENS if device.type == "cuda" else OPERATION_TOKENS_ON_CPU
+
+
+def decode_shapes(device: torch.device, *, rehearsal: bool) -> tuple[AttentionShape, ...]:
+    """Return the calls of cross-attention that are measured while decoding."""
+    if rehearsal:
+        return TOY_DECODE
+    return DECODE_ON_GPU if device.type == "cuda" else DECODE_ON_CPU
+
+
+def training_shapes(device: torch.device, *, rehearsal: bool) -> tuple[AttentionShape, ...]:
+    """Return the calls of cross-attention that are measured in training, in both directions."""
+    if rehearsal:
+        return TOY_TRAINING
+    return TRAINING_ON_GPU if device.type == "cuda" else TRAINING_ON_CPU
 
 
 def graph_shape(*, rehearsal: bool) -> LayerShape:

@@ -16,6 +16,7 @@ from moe_mt.errors import (
     UnsupportedLanguageError,
 )
 from moe_mt.generation import GenerationConfig
+from moe_mt.models import CrossAttention
 from moe_mt.translator import TranslationResult, Translator, from_pretrained
 from moe_mt.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "ConfigError",
+    "CrossAttention",
     "GenerationConfig",
     "InputError",
     "MoeMtError",

@@ -66,12 +66,37 @@ EXPECTATIONS = {
     "expert_ffn.grouped.hidden_grad": Expectation(
         matrix="grad_ptr", left_rows=("BLOCK_ROWS", "BLOCK_COLUMNS"), wide_weights=True
     ),
+    "cross_attention.forward.forward": Expectation(
+        matrix="query_ptr", left_rows=("BLOCK_QUERIES", "")
+    ),
+    "cross_attention.decode.decode": Expectation(matrix="query_ptr", left_rows=("BLOCK_KEYS", "")),
+    "cross_attention.backward.grad_query": Expectation(
+        matrix="query_ptr", left_rows=("BLOCK_QUERIES", "")
+    ),
+    "cross_attention.backward.grad_key_value": Expectation(
+        matrix="query_ptr", left_rows=("BLOCK_KEYS", "")
+    ),
     "expert_ffn.decode.expert_up": Expectation(wide_weights=True),
     "expert_ffn.decode.expert_down": Expectation(wide_weights=True),
 }
 
 ALLOWED: dict[tuple[str, str, str], str] = {}
 """Why a kernel on a target, in the tiles whose description contains a text, may spill."""
+
+FLOAT32_HEADS = "float32: products without the matrix unit hold their operands in registers"
+for kernel in ("forward.forward", "backward.grad_query"):
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for width in (128, 256):
+            tile = f"D_PADDED={width} SENTENCES_PADDED=1 BLOCK_QUERIES=16 BLOCK_KEYS=16"
+            ALLOWED[(f"cross_attention.{kernel}", target, tile)] = FLOAT32_HEADS
+
+TWO_WORDS = "two words of stack"
+for kernel, tile in (
+    ("forward.forward", "D_HEAD=64 "),
+    ("backward.grad_query", "BLOCK_QUERIES=64 BLOCK_KEYS=64"),
+    ("backward.grad_query", "D_HEAD=256 D_PADDED=256 SENTENCES_PADDED=1 BLOCK_QUERIES=32"),
+):
+    ALLOWED[(f"cross_attention.{kernel}", "sm_100", tile)] = TWO_WORDS
 
 if Version(triton.__version__) < Version("3.7"):
     EARLY_BLACKWELL = "two words of stack with Triton 3.6; none with 3.9"
@@ -106,11 +131,26 @@ NLLB_MOE = Layer(
 MANY_SMALL = Layer(name="128 small SwiGLU", num_experts=128, top_k=8, d_model=2048, ffn_dim=768)
 FEW_LARGE = Layer(name="8 large SwiGLU", num_experts=8, top_k=2, d_model=4096, ffn_dim=14336)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The heads of a layer of cross-attention."""
+
+    name: str
+    heads: int
+    d_head: int
+
+
+NLLB_HEADS = Attention(name="NLLB-MoE 54B", heads=16, d_head=128)
+WHISPER_HEADS = Attention(name="heads of 64", heads=20, d_head=64)
+ODD_HEADS = Attention(name="heads of 80", heads=16, d_head=80)
+WIDE_HEADS = Attention(name="heads of 256", heads=8, d_head=256)
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def all_cases() -> Iterator[Case]:
-    """Yield every case: what stands around the experts, then the experts."""
+    """Yield every case: what stands around the experts, the experts, then attention."""
     for tokens in GPU_TOKENS:
         for training in (False, True):
             yield from _around_experts(NLLB_MOE, "bf16", tokens, training=training)
@@ -127,6 +167,29 @@ def all_cases() -> Iterator[Case]:
             yield _experts(layer, "bf16", tokens, training=False)
         for tokens in (1024, 8192):
             yield _experts(layer, "bf16", tokens, training=True)
+    yield from _all_attention()
+
+
+def _all_attention() -> Iterator[Case]:
+    # A sentence alone, whose keys are cut into parts, then many.
+    for sentences in (1, 32):
+        for keys in (64, 512):
+            yield _decoding(NLLB_HEADS, "bf16", sentences, 4, keys, "lengths")
+    yield _decoding(NLLB_HEADS, "bf16", 32, 4, 64, "mask")
+    yield _decoding(NLLB_HEADS, "bf16", 32, 10, 64, "lengths")
+    for limited in ("lengths", "nothing", "mask", "dropout", "packed"):
+        for keys in (128, 512):
+            yield from _trained_attention(NLLB_HEADS, "bf16", keys, limited)
+    for dtype in ("fp16", "fp32"):
+        yield _decoding(NLLB_HEADS, dtype, 32, 4, 64, "lengths")
+        for limited in ("lengths", "dropout"):
+            yield from _trained_attention(NLLB_HEADS, dtype, 128, limited)
+    yield _decoding(WIDE_HEADS, "fp32", 32, 4, 64, "lengths")
+    yield from _trained_attention(WIDE_HEADS, "fp32", 128, "dropout")
+    for heads in (WHISPER_HEADS, ODD_HEADS, WIDE_HEADS):
+        yield _decoding(heads, "bf16", 32, 4, 64, "lengths")
+        yield from _trained_attention(heads, "bf16", 128, "lengths")
+        yield from _trained_attention(heads, "bf16", 128, "dropout")
 
 
 def _around_experts(layer: Layer, dtype: str, tokens: int, *, training: bool) -> Iterator[Case]:
@@ -248,4 +311,65 @@ def _weights(layer: Layer, dtype: str) -> Any:
         up_bias=bias(layer.ffn_dim),
         gate_bias=bias(layer.ffn_dim, wanted=layer.gated),
         down_bias=bias(layer.d_model),
+    )
+
+
+def _decoding(
+    shape: Attention, dtype: str, sentences: int, beams: int, keys: int, limited: str
+) -> Case:
+    query = _heads(shape, dtype, sentences, beams)
+    memory = _heads(shape, dtype, sentences, keys)
+
+    def run() -> None:
+        from moe_mt.kernels.cross_attention import cross_attention
+
+        limits = _limits(limited, sentences, keys)
+        cross_attention(query, memory, memory, limits, scale=0.1, dropped_below=0)
+
+    what = f"decoding {sentences} x {beams} {limited}"
+    return Case(family=f"{shape.name} {what} {dtype}", tokens=keys, run=run)
+
+
+def _trained_attention(shape: Attention, dtype: str, length: int, limited: str) -> Iterator[Case]:
+    packed = limited == "packed"
+    sentences = 1 if packed else 32
+    # 32 sentences, padded or behind each other.
+    query = _heads(shape, dtype, sentences, 32 * length // sentences)
+    lse = _meta(*query.shape[:3])
+    options: Any = {"scale": 0.1, "dropped_below": 1 << 20 if limited == "dropout" else 0}
+
+    def forward() -> None:
+        from moe_mt.kernels import cross_attention as kernels
+
+        limits = _limits(limited, sentences, length)
+        kernels.cross_attention(query, query, query, limits, **options)
+
+    def backward() -> None:
+        from moe_mt.kernels import cross_attention as kernels
+
+        limits = _limits(limited, sentences, length)
+        kernels.cross_attention_backward(
+            query, None, query, query, query, query, lse, limits, **options, need_key_value=True
+        )
+
+    for run in (forward, backward):
+        what = f"attention {run.__name__} {limited}"
+        yield Case(family=f"{shape.name} {what} {dtype}", tokens=length, run=run)
+
+
+def _heads(shape: Attention, dtype: str, sentences: int, length: int) -> Tensor:
+    """Return (B, H, L, d_head), laid out as the model's projections leave it."""
+    return _meta(sentences, length, shape.heads, shape.d_head, dtype=dtype).transpose(1, 2)
+
+
+def _limits(limited: str, sentences: int, keys: int) -> Any:
+    from moe_mt.kernels.cross_attention import Limits
+
+    offsets = _meta(33, dtype=torch.int32) if limited == "packed" else None
+    return Limits(
+        key_lengths=_meta(sentences, dtype=torch.int32) if limited == "lengths" else None,
+        key_mask=_meta(sentences, keys, dtype=torch.bool) if limited == "mask" else None,
+        query_offsets=offsets,
+        key_offsets=offsets,
+        seed=_meta(1, dtype=torch.int64) if limited == "dropout" else None,
     )

@@ -20,6 +20,7 @@ from moe_mt.moe import Experts
 from moe_mt.ops import backend_for, expert_order
 
 PROBLEMS_ON_GPU, PROBLEMS_ON_CPU = 6, 2
+Call = Callable[[], object]
 Peer = Callable[["Problem"], object]
 
 
@@ -49,10 +50,10 @@ class Problem:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    device = torch.device(config.getoption("--device"))
-    tokens = operation_tokens(device, rehearsal=config.getoption("--rehearse"))
-    metafunc.parametrize("tokens", tokens, ids=[f"T{count}" for count in tokens])
+    if "tokens" in metafunc.fixturenames:
+        options = metafunc.config.option
+        tokens = operation_tokens(torch.device(options.device), rehearsal=options.rehearse)
+        metafunc.parametrize("tokens", tokens, ids=[f"T{count}" for count in tokens])
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +103,39 @@ def problems(
 
 
 @pytest.fixture
-def measure(benchmark, sign, clock, ceilings, shape, tokens, problems, device, dtype):
+def time_beside(benchmark, sign, clock, ceilings, device):
+    """Return a function that times calls and then their peers, and writes the row."""
+
+    def write(
+        model: str,
+        calls: Sequence[Call],
+        work: Work,
+        peers: Mapping[str, Callable[[], Sequence[Call]]],
+        **fields: object,
+    ) -> None:
+        captured = capture(calls, device)
+        sign(model, **fields)
+        extra = benchmark.extra_info
+        extra["seconds"] = clock(captured)
+        if captured.note:
+            extra["note"] = captured.note
+        extra["figures"] = {"bytes": work.bytes, "flops": work.flops}
+        if ceilings is not None:
+            extra["figures"] |= {
+                "floor_s": ceilings.floor_s(work),
+                "copy_bytes_per_s": ceilings.bytes_per_s,
+                "product_flops_per_s": ceilings.flops_per_s,
+            }
+        benchmark.pedantic(captured.replay, rounds=1)
+        extra["peers"] = {
+            name: time_peer(prepare, device, clock) for name, prepare in peers.items()
+        }
+
+    return write
+
+
+@pytest.fixture
+def measure(time_beside, shape, tokens, problems, device, dtype):
     """Return a function that checks an operation, times it and its peers, and writes the row."""
 
     def write(
@@ -117,37 +150,28 @@ def measure(benchmark, sign, clock, ceilings, shape, tokens, problems, device, d
     ) -> None:
         expected = definition(problems[0])
 
-        def prepare(run: Peer) -> list[Callable[[], object]]:
+        def prepare(run: Peer) -> list[Call]:
             # What an operation computes in float32, a peer may compute in the layer's dtype.
             tolerance = None if run is call else TOLERANCE[dtype]
             check_same(run(problems[0]), expected, tolerance, "its result and the definition's")
             return [partial(run, one) for one in problems]
 
-        captured = capture(prepare(call), device)
+        calls = prepare(call)
         moved = [
             size_of(reads(one)) + size_of(call(one)) + weight_numbers(one) * dtype.itemsize
             for one in problems
         ]
-        work = Work(bytes=round(sum(moved) / len(moved)), flops=flops)
-        sign(shape.name, **fields, T=tokens)
-        extra = benchmark.extra_info
-        extra["seconds"] = clock(captured)
-        if captured.note:
-            extra["note"] = captured.note
-        extra["figures"] = {"bytes": work.bytes, "flops": work.flops}
-        if ceilings is not None:
-            extra["figures"] |= {
-                "floor_s": ceilings.floor_s(work),
-                "copy_bytes_per_s": ceilings.bytes_per_s,
-                "product_flops_per_s": ceilings.flops_per_s,
-            }
-        benchmark.pedantic(captured.replay, rounds=1)
         rivals = dict(peers or {})
         if backend_for(device) != "eager PyTorch":
             rivals["definition"] = definition
-        extra["peers"] = {
-            name: time_peer(partial(prepare, run), device, clock) for name, run in rivals.items()
-        }
+        time_beside(
+            shape.name,
+            calls,
+            Work(bytes=round(sum(moved) / len(moved)), flops=flops),
+            {name: partial(prepare, run) for name, run in rivals.items()},
+            **fields,
+            T=tokens,
+        )
 
     return write
 

@@ -4,6 +4,7 @@ One architecture: a dense model is one whose configuration names no sparse layer
 file of facts (names in the checkpoint, defaults), never a second model.
 """
 
+from moe_mt.models.attention import CrossAttention
 from moe_mt.models.config import MoEConfig, TransformerConfig
 from moe_mt.models.family import Family, Location
 from moe_mt.models.kv_cache import KVCache
@@ -13,6 +14,7 @@ from moe_mt.models.transformer import Seq2SeqTransformer, TransformerOutput
 
 __all__ = [
     "FAMILIES",
+    "CrossAttention",
     "Family",
     "KVCache",
     "Location",

@@ -3,11 +3,26 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_mt.errors import ConfigError
+from moe_mt.ops import cross_attention
+
 __all__ = ["CrossAttention", "SelfAttention"]
 
 
 class _Attention(nn.Module):
-    def __init__(self, d_model: int, heads: int, dropout: float) -> None:
+    def __init__(self, d_model: int, heads: int, dropout: float = 0.0) -> None:
+        """Make the four projections.
+
+        Args:
+            d_model: Width of rows and memory.
+            heads: Heads, each ``d_model / heads`` wide.
+            dropout: Probability with which an attention weight is dropped in training.
+
+        Raises:
+            ConfigError: If heads do not divide the width.
+        """
+        if d_model % heads != 0:
+            raise ConfigError(f"{heads} heads do not divide d_model {d_model}")
         super().__init__()
         self.heads = heads
         self.dropout = dropout
@@ -24,20 +39,6 @@ class _Attention(nn.Module):
         batch, length, d_model = x.shape
         return x.view(batch, length, self.heads, d_model // self.heads).transpose(1, 2)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
-    ) -> Tensor:
-        """Return (B, L, d_model) before the output projection."""
-        context = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
-        return context.transpose(1, 2).flatten(2)
-
 
 class SelfAttention(_Attention):
     """Attention of a sequence to itself."""
@@ -51,18 +52,38 @@ class SelfAttention(_Attention):
             causal: Whether a position sees only itself and what stands before it.
         """
         key, value = self.project_key_value(x)
-        return self.out_proj(self._attend(self._split(self.q_proj(x)), key, value, mask, causal))
+        return self._attend(x, key, value, mask, causal=causal)
 
     def step(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from new positions (rows, new, d_model) to stored keys and values."""
-        return self.out_proj(self._attend(self._split(self.q_proj(x)), key, value, mask, False))
+        return self._attend(x, key, value, mask, causal=False)
+
+    def _attend(
+        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        context = functional.scaled_dot_product_attention(
+            self._split(self.q_proj(x)),
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(_Attention):
     """Attention of decoder rows to the memory of their sentence."""
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, beams: int = 1
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+        beams: int = 1,
     ) -> Tensor:
         """Attend to the memory; beams of a sentence are query rows over one memory.
 
@@ -70,17 +91,33 @@ class CrossAttention(_Attention):
         are one query of ``beams * L`` positions: keys and values are never replicated.
 
         Args:
-            x: (B * beams, L, d_model).
-            key: (B, H, S, d_head), from ``project_key_value``.
+            x: (B * beams, L, d_model); rows of a sentence stand next to each other.
+            key: (B, H, S, d_head), from ``project_key_value``: once per sentence.
             value: (B, H, S, d_head).
-            mask: (B, S) bool, true where the memory may be attended to, or ``None``.
+            key_mask: (B, S) bool, true where the memory may be attended to, or ``None``.
+            key_lengths: (B,) integer. Instead of a mask, how much of each memory is valid.
             beams: Rows per sentence.
 
         Returns:
-            (B * beams, L, d_model).
+            (B * beams, L, d_model). A row whose memory has nothing valid is ``out_proj`` of 0.
+
+        Raises:
+            ConfigError: If the rows are not ``beams`` for each sentence of ``key``, or as
+                ``moe_mt.ops.cross_attention`` says.
         """
         rows, length, d_model = x.shape
-        query = self._split(self.q_proj(x).reshape(rows // beams, beams * length, d_model))
-        allowed = None if mask is None else mask[:, None, None, :]
-        context = self._attend(query, key, value, allowed, False)
-        return self.out_proj(context.reshape(rows, length, d_model))
+        if rows != key.shape[0] * beams:
+            raise ConfigError(
+                f"x has {rows} rows; {key.shape[0]} sentences with {beams} beams each need "
+                f"{key.shape[0] * beams}"
+            )
+        query = self._split(self.q_proj(x).reshape(-1, beams * length, d_model))
+        context = cross_attention(
+            query,
+            key,
+            value,
+            key_mask=key_mask,
+            key_lengths=key_lengths,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(context.transpose(1, 2).reshape(rows, length, d_model))

@@ -120,7 +120,11 @@ class DecoderLayer(_Layer):
         key, value = cache.append(*self.self_attention.project_key_value(normed), length)
         x = x + self.self_attention.step(normed, key, value, mask)
         x = x + self.cross_attention(
-            self.cross_attention_norm(x), cache.cross_key, cache.cross_value, memory_mask, beams
+            self.cross_attention_norm(x),
+            cache.cross_key,
+            cache.cross_value,
+            memory_mask,
+            beams=beams,
         )
         return self._apply_feed_forward(x, None)[0]
 

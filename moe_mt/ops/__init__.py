@@ -6,6 +6,11 @@ the specification that kernels are held to. Nothing here knows a module or a par
 
 from moe_mt.ops.backend import backend_for, use_backend
 from moe_mt.ops.combine import combine
+from moe_mt.ops.cross_attention import (
+    cross_attention,
+    cross_attention_weights,
+    cross_attention_with_lse,
+)
 from moe_mt.ops.expert_ffn import ACTIVATIONS, expert_ffn
 from moe_mt.ops.expert_order import expert_order
 from moe_mt.ops.grouped_mm import grouped_mm
@@ -21,6 +26,9 @@ __all__ = [
     "TunedProblem",
     "backend_for",
     "combine",
+    "cross_attention",
+    "cross_attention_weights",
+    "cross_attention_with_lse",
     "expert_capacity",
     "expert_ffn",
     "expert_order",

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from moe_mt.errors import BackendUnavailableError, ConfigError
 
-__all__ = ["KERNEL_DTYPES", "backend_for", "register_op", "use_backend", "use_triton"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "autocast",
+    "backend_for",
+    "register_op",
+    "use_backend",
+    "use_triton",
+]
 
 BACKENDS = ("auto", "eager", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +81,18 @@ def use_triton(x: Tensor) -> bool:
             f"backend 'triton' was asked for, but {_obstacle(x)}; use backend 'auto' or 'eager'"
         )
     return runnable and _requested != "eager"
+
+
+def autocast(*tensors: Any) -> Any:  # noqa: ANN401
+    """Return tensors (or ``None``) in autocast's dtype where autocast is on.
+
+    PyTorch's own products do this by themselves; an operator of ours must be told.
+    """
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def backend_for(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_mt.errors import ConfigError
-from moe_mt.ops.backend import register_op, use_triton
+from moe_mt.ops.backend import autocast, register_op, use_triton
 from moe_mt.ops.combine import combine, combine_eager, dtype_of
 from moe_mt.ops.expert_order import expert_order, expert_order_eager
 from moe_mt.ops.grouped_mm import grouped_mm
@@ -87,14 +87,8 @@ def expert_ffn(  # noqa: PLR0913
             activation_dropout=activation_dropout,
             residual=residual,
         )
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # PyTorch's own products do this by themselves; what is cast here, they cast too.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        weights = {name: _cast(weight, dtype) for name, weight in weights.items()}
-        biases = {name: _cast(bias, dtype) for name, bias in biases.items()}
-    tensors = [*weights.values(), *biases.values()]
-    _check_dtypes(x, weights | biases)
+    x, *tensors = autocast(x, *weights.values(), *biases.values())
+    _check_dtypes(x, dict(zip(weights | biases, tensors, strict=True)))
     if activation_dropout > 0:
         return _with_activation_dropout(
             x, expert_ids, gates, tensors, activation, activation_dropout, residual
@@ -222,10 +216,6 @@ def _check_dtypes(x: Tensor, weights: dict[str, Tensor | None]) -> None:
                 f"x is {x.dtype} and {name} {weight.dtype}; they must be of one dtype (autocast "
                 "makes them so)"
             )
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 def _with_activation_dropout(

@@ -13,10 +13,12 @@ from benchmarks.shapes import (
     BACKWARD_TOKENS,
     GPU_TOKENS,
     NLLB_MOE_54B,
+    decode_shapes,
     graph_shape,
     graph_tokens,
     operation_shape,
     operation_tokens,
+    training_shapes,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -139,6 +141,19 @@ def test_a_gpu_measures_the_layer_of_the_54b_at_all_sizes():
     assert graph_tokens(rehearsal=False, backward=True) == BACKWARD_TOKENS == (1024, 4096, 16384)
     assert operation_shape(GPU, rehearsal=False) == NLLB_MOE_54B
     assert operation_tokens(GPU, rehearsal=False) == GPU_TOKENS
+
+
+def test_a_gpu_measures_attention_at_the_sizes_of_its_targets():
+    decode = decode_shapes(GPU, rehearsal=False)
+    assert [(shape.sentences, shape.beams, shape.keys) for shape in decode] == [
+        *[(32, 4, 64), (32, 1, 64), (8, 4, 64), (1, 1, 64), (1, 4, 512), (32, 5, 256)]
+    ]
+    training = training_shapes(GPU, rehearsal=False)
+    assert [shape.sizes for shape in training] == [
+        *["32x128-S128", "32x256-S256", "32x512-S512", "8x64-S1500"]
+    ]
+    assert {shape.name for shape in (*decode, *training[:3])} == {"16-heads-of-128"}
+    assert training[3].name == "20-heads-of-64"
 
 
 def test_a_cpu_and_a_rehearsal_are_spared():

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from benchmarks import floors
-from benchmarks.floors import Ceilings, Work, layer_backward, layer_forward, measure_ceilings
-from benchmarks.shapes import NLLB_MOE_54B, LayerShape
+from benchmarks.floors import (
+    Ceilings,
+    Work,
+    attention_backward,
+    attention_forward,
+    layer_backward,
+    layer_forward,
+    measure_ceilings,
+)
+from benchmarks.shapes import NLLB_MOE_54B, AttentionShape, LayerShape
 
 H200 = Ceilings(bytes_per_s=4.3e12, flops_per_s=790e12)
 BFLOAT16 = 2
@@ -56,6 +64,45 @@ def test_backward_writes_the_gradient_of_experts_that_nobody_hit():
     none, all_hit = (layer_backward(shape, 0, hit, BFLOAT16) for hit in (0, 4))
     assert none.bytes == 4 * shape.expert_weights * BFLOAT16
     assert all_hit.bytes == 2 * none.bytes
+
+
+# The tables that the targets of attention were derived from, 16 heads of 128.
+@pytest.mark.parametrize(
+    ("sentences", "beams", "keys", "microseconds"),
+    [(8, 4, 64, 1.04), (32, 4, 64, 4.15), (32, 4, 512, 31.5), (32, 5, 1024, 62.7)],
+)
+def test_decoding_reads_a_memory_once_for_all_beams(sentences, beams, keys, microseconds):
+    shape = AttentionShape(sentences=sentences, beams=beams, keys=keys)
+    work = attention_forward(shape, sentences * keys, BFLOAT16)
+    assert 1e6 * H200.floor_s(work) == pytest.approx(microseconds, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "length", "keys", "gflop", "bytes_us", "flops_us"),
+    [
+        (32, 128, 128, 4.3, 15.6, 5.4),
+        (32, 512, 512, 68.7, 62.4, 87),
+        (64, 64, 512, 17.2, 70.2, 21.7),
+    ],
+)
+def test_floors_of_attention_in_training_are_those_of_the_design(
+    sentences, length, keys, gflop, bytes_us, flops_us
+):
+    shape = AttentionShape(sentences=sentences, length=length, keys=keys)
+    work = attention_forward(shape, sentences * keys, BFLOAT16)
+    assert work.flops / 1e9 == pytest.approx(gflop, rel=0.01)
+    assert 1e6 * work.bytes / H200.bytes_per_s == pytest.approx(bytes_us, rel=0.005)
+    assert 1e6 * work.flops / H200.flops_per_s == pytest.approx(flops_us, rel=0.01)
+
+
+def test_padding_costs_attention_nothing_but_the_zeros_of_its_gradient():
+    shape = AttentionShape(sentences=4, length=10, keys=30, heads=1, d_head=1)
+    forward = [attention_forward(shape, valid, BFLOAT16) for valid in (0, 120)]
+    backward = [attention_backward(shape, valid, BFLOAT16) for valid in (0, 120)]
+    assert [work.bytes for work in forward] == [2 * 2 * 40, 2 * (2 * 40 + 2 * 120)]
+    assert [work.bytes for work in backward] == [2 * (4 * 40 + 240), 2 * (4 * 40 + 240 + 240)]
+    assert [work.flops for work in forward] == [0, 2 * 2 * 10 * 120]
+    assert [work.flops for work in backward] == [0, 5 * 2 * 10 * 120]
 
 
 def test_the_later_of_the_two_ceilings_is_the_floor():

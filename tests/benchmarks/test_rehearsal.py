@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = sorted(
     path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")
 )
-CHOSEN = "(T20 and not (backward and zipf)) or (first_call and forward and not T1024)"
+CHOSEN = (
+    "(T20 and not (backward and zipf)) or (first_call and forward and not T1024) or cross_attention"
+)
 """All code once; the rest differs in numbers only."""
 
 pytestmark = pytest.mark.slow
@@ -44,7 +46,7 @@ def named(rows, part):
     return found
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "cross_attention"])
 def test_every_operation_is_timed_beside_its_definition_with_its_roofline(rows, operation):
     for row in named(rows, f"::test_{operation}["):
         assert f"|operation:{operation}|" in row["signature"]
@@ -52,6 +54,30 @@ def test_every_operation_is_timed_beside_its_definition_with_its_roofline(rows, 
         assert row["figures"]["floor_s"] > 0
         assert "definition" in row["peers"]
         assert not [peer for peer in row["peers"].values() if "note" in peer]
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+@pytest.mark.parametrize("direction", ["decode", "forward", "backward"])
+def test_attention_is_timed_beside_its_floor_and_every_peer_that_is_here(rows, direction, padding):
+    [row] = [
+        row
+        for row in named(rows, "bench_cross_attention.py::")
+        if f"|operation:cross_attention {direction} " in row["signature"]
+        and f" padding {padding}%|" in row["signature"]
+    ]
+    peers = row["peers"]
+    assert row["figures"]["floor_s"] > 0
+    timed = {name for name, peer in peers.items() if "seconds" in peer}
+    shared = direction == "decode"  # beams share a memory
+    assert timed == {
+        *(["SDPA reshaped (flash)", "SDPA replicated (flash)"] if shared else ["SDPA (flash)"]),
+        *(["SDPA flash unmasked"] if padding == 0 else []),
+        *(["FlexAttention"] if direction != "backward" else []),
+    }
+    assert not [name for name in timed if "note" in peers[name]]
+    # What is not timed does not run on a CPU.
+    missing = {"SDPA mem-efficient masked", "SDPA cuDNN unmasked", "varlen_attn", "FlexAttention"}
+    assert set(peers) - timed <= missing
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -84,6 +110,6 @@ def test_the_report_is_drawn_from_these_rows(rows, tmp_path):
     assert record_main([str(elsewhere), "--results", str(tmp_path / "results")]) == 0
     assert report_main(["--root", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
-    for part in ("forward", "backward", "first call", "one by one"):
+    for part in ("forward", "backward", "first call", "one by one", "cross_attention decode"):
         assert part in text
     assert len(list((tmp_path / "docs" / "images").iterdir())) == 2

@@ -4,7 +4,6 @@ A GPU runs both (``make test-gpu``), the interpreter the small size. What only a
 streams, a check for hidden synchronisation) is a thin layer around the same calls.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from moe_mt.ops import expert_ffn
 from moe_mt.ops.route import expert_capacity, route_eager
 from tests.closeness import assert_near
 from tests.gpu import reference
+from tests.gpu.execution import behind_a_long_wait, captured, compiled, no_synchronisation
 from tests.gpu.problem import FULL, SMALL, full, leading_tokens, make_layer, normal, small
 
 EACH_SIZE = pytest.mark.parametrize(("size", "count"), small(12) + full(1024))
@@ -36,14 +36,6 @@ def layer_of():
         return made[size].eval()
 
     return layer_of
-
-
-@pytest.fixture(autouse=True)
-def memory_is_given_back():
-    """Let the next test have the memory of this one."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def check_routing(layer, routing, x):
@@ -216,32 +208,6 @@ def test_training_drops_what_is_beyond_the_capacity(size, count, layer_of, kerne
     assert_near(found_router, through[1], size.dtype, "gradient of the router")
 
 
-def captured(function, x):
-    """Return ``function`` as the replay of one graph; where there are none, itself.
-
-    The replay copies its argument to where the graph reads, and its result from where it writes.
-    """
-    if not x.is_cuda:
-        return function
-    static = x.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # compiles, and loads what is loaded at the first launch
-            function(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(static)
-
-    def replay(x):
-        static.copy_(x)
-        graph.replay()
-        return tuple(result.clone() for result in results)
-
-    return replay
-
-
 def other_inputs(layer, size, count):
     """Return three batches of which each is routed in another way than the one before."""
     one, two, three = (leading_tokens(layer, size, count) for _ in range(3))
@@ -285,19 +251,6 @@ def test_a_captured_graph_takes_another_routing_backward(size, count, layer_of, 
         return mixture.detach(), *gradients
 
     check_replays(forward_and_backward, layer, size, count)
-
-
-@contextlib.contextmanager
-def no_synchronisation(device):
-    """Make the host fail where it waits for the GPU."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @EACH_SIZE
@@ -349,14 +302,6 @@ def test_three_runs_give_the_same_bits(size, count, layer_of, kernel_device):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def compiled(layer, device, **options):
-    """Return the layer through PyTorch's compiler: its own code generator is for GPUs here."""
-    torch._dynamo.reset()
-    if device.type != "cuda":
-        options = {"backend": "aot_eager"}
-    return torch.compile(layer, fullgraph=True, **options)
-
-
 @EACH_SIZE
 @pytest.mark.filterwarnings("ignore")  # The compiler's advice, which depends on the GPU.
 def test_compiled_training(size, count, layer_of, kernel_device):
@@ -389,20 +334,6 @@ def test_compiled_into_a_graph(size, count, layer_of, kernel_device):
         for x in 2 * other_inputs(layer, size, count):
             found, expected = fast(x)[0].clone(), layer(x)[0]
             assert_near(found, expected, size.dtype)
-
-
-@contextlib.contextmanager
-def behind_a_long_wait(device):
-    """Work on another stream, which is busy for a while before it does anything."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # Some 100 ms: launches elsewhere would be long over.
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 @pytest.mark.parametrize(("size", "count"), small(3, 12) + full(4, 128))

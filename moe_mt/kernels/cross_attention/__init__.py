@@ -1,0 +1,74 @@
+"""Flash cross-attention: which kernels run, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from moe_mt.kernels._launch import inner_contiguous
+from moe_mt.kernels.cross_attention.backward import grad_key_value, grad_query
+from moe_mt.kernels.cross_attention.decode import DECODE_QUERIES, attend_decode
+from moe_mt.kernels.cross_attention.forward import attend
+from moe_mt.kernels.cross_attention.limits import Limits
+
+__all__ = ["Limits", "cross_attention", "cross_attention_backward"]
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    limits: Limits,
+    *,
+    scale: float,
+    dropped_below: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, L, d_head) and the log-sum-exp (B, H, L)."""
+    query, key, value = map(inner_contiguous, (query, key, value))
+    out = _heads_last(query, packed=limits.packed())
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if limits.packed():
+        lse.fill_(-torch.inf)
+    if query.shape[2] <= DECODE_QUERIES and not limits.packed() and limits.seed is None:
+        attend_decode(query, key, value, limits, out, lse, scale=scale)
+    else:
+        attend(query, key, value, limits, out, lse, scale=scale, dropped_below=dropped_below)
+    return out, lse
+
+
+def cross_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    limits: Limits,
+    *,
+    scale: float,
+    dropped_below: int,
+    need_key_value: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of query, key and value; of the last two only where needed."""
+    grad, query, key, value = map(inner_contiguous, (grad.to(query.dtype), query, key, value))
+    options = {"scale": scale, "dropped_below": dropped_below}
+    packed = limits.packed()
+    # The kernel takes its strides for those of the output.
+    out = out if out.stride() == _heads_last(query).stride() else _heads_last(query).copy_(out)
+    for_query = _heads_last(query, packed=packed)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    delta = grad_query(grad, grad_lse, query, key, value, out, lse, limits, for_query, **options)
+    if not need_key_value:
+        return for_query, None, None
+    for_key, for_value = _heads_last(key, packed=packed), _heads_last(value, packed=packed)
+    grad_key_value(grad, query, key, value, lse, delta, limits, for_key, for_value, **options)
+    return for_query, for_key, for_value
+
+
+def _heads_last(like: Tensor, *, packed: bool = False) -> Tensor:
+    """Return a new (B, H, L, d_head) that lies as (B, L, H, d_head).
+
+    Zeros for a packed batch, whose last rows may belong to no sentence.
+    """
+    sentences, heads, length, d_head = like.shape
+    make = like.new_zeros if packed else like.new_empty
+    return make(sentences, length, heads, d_head).transpose(1, 2)
