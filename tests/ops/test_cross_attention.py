@@ -15,7 +15,7 @@ from moe_mt.ops import (
     use_backend,
 )
 from moe_mt.ops.cross_attention import cross_attention_eager, cross_attention_with_lse_eager
-from moe_mt.ops.dropout import dropped_below, keep_mask
+from moe_mt.ops.dropout import dropped_below, keep_mask, philox
 from tests.closeness import assert_near
 
 RESULTS = (
@@ -94,7 +94,7 @@ CASES = {
     "packed, with empty sentences and rows of none": Case(
         shape=(1, 2, 8, 9, 3), packed=[(2, 3), (0, 2), (3, 0), (1, 2), (0, 0)]
     ),
-    "packed, one sentence": Case(shape=(1, 2, 2, 3, 3), packed=[(2, 3)]),
+    "packed, one sentence, a scale": Case(shape=(1, 2, 2, 3, 3), packed=[(2, 3)], scale=0.3),
     "no query": Case(shape=(2, 2, 0, 3, 3)),
     "no key": Case(shape=(2, 2, 3, 0, 3)),
     "no sentence": Case(shape=(0, 2, 3, 4, 3)),
@@ -345,13 +345,15 @@ def test_dropout_with_a_seed_repeats_and_draws_nothing():
     assert not torch.equal(first, cross_attention(query, key, value, **other))
 
 
-def test_no_dropout_means_that_no_seed_matters():
+def test_no_dropout_means_that_no_seed_matters_and_none_is_drawn():
     query, key, value, *_ = problem(CASES["every key"])
-    expected = cross_attention(query, key, value)
     before = torch.get_rng_state()
-    assert torch.equal(cross_attention(query, key, value, dropout=0.0), expected)
+    expected, _ = cross_attention_with_lse(query, key, value, dropout=0.0)
+    out = cross_attention(query, key, value, dropout=0.0)
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(cross_attention(query, key, value, seed=torch.tensor(9)), expected)
+    seed = torch.tensor(9)
+    assert torch.equal(cross_attention(query, key, value, seed=seed), out)
+    assert torch.equal(cross_attention_with_lse(query, key, value, seed=seed)[0], expected)
 
 
 def test_dropout_changes_no_expectation():
@@ -453,7 +455,7 @@ MISFITS = {
 # Beside a batch of one row.
 MISFIT_OFFSETS = {
     "other numbers of sentences": ((offsets(4), offsets(3, 5)), r"\(2,\).*\(3,\)"),
-    "no offset": ((torch.ones(0), torch.ones(0)), r"\(0,\).*\(sentences \+ 1,\)"),
+    "no offset": ((offsets()[1:], offsets()[1:]), r"\(0,\) torch.int64.*\(sentences \+ 1,\)"),
     "offsets of two axes": ((offsets(4)[None], offsets(5)[None]), r"\(1, 2\)"),
     "broken query_offsets": ((offsets(4).float(), offsets(5)), "query_offsets are .*float32"),
     "broken key_offsets": ((offsets(4), offsets(5).float()), "key_offsets .*float32"),
@@ -753,6 +755,15 @@ def test_kernel_drops_what_the_definition_drops(kernel_device):
     grad = torch.eye(18, device=kernel_device)[:17].expand_as(weights)
     (grad_value,) = torch.autograd.grad(weights, value, grad)
     assert torch.equal(grad_value[..., :17] != 0, kept.mT)
+
+
+@pytest.mark.triton
+def test_kernel_drops_a_weight_from_the_probability_above_its_own_bits(kernel_device):
+    one, seed = torch.ones(1, 1, 1, 16, device=kernel_device), torch.tensor([5])
+    bits = int(philox(seed, (torch.tensor(0),) * 4)[0]) >> 8
+    for dropped, kept in ((bits, True), (bits + 1, False)):
+        options = {"dropout": dropped / 2**24, "seed": seed.to(kernel_device)}
+        assert bool(cross_attention(one, one, one, **options).any()) is kept
 
 
 @pytest.mark.triton

@@ -137,6 +137,14 @@ def test_a_probability_has_24_bits(probability, expected):
     assert dropped_below(probability) == expected
 
 
+def test_a_weight_is_dropped_from_the_probability_above_its_own_bits():
+    zeros = (torch.tensor(0),) * 4
+    bits = int(philox(SEED, zeros)[0]) >> 8
+    size = {"sentences": 1, "heads": 1, "queries": 1, "keys": 1}
+    assert keep_mask(SEED, bits / 2**24, **size).all()
+    assert not keep_mask(SEED, (bits + 1) / 2**24, **size).any()
+
+
 def test_nothing_is_dropped_with_probability_zero_and_nearly_all_just_below_one():
     size = {"sentences": 2, "heads": 4, "queries": 32, "keys": 32}
     assert keep_mask(SEED, 0.0, **size).all()
