@@ -14,9 +14,13 @@ AOT := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 demo: $(STAMP)
 	$(BIN)/python -m recipes.tiny.demo
 
+# pytest-benchmark has nothing to do there, and warns of processes that share a machine.
+TWO_PROCESSES = -n 2 -p no:benchmark
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/ops tests/moe tests/models tests/gpu tests/test_losses.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_PROCESSES) -m triton \
+		tests/ops tests/moe tests/models tests/gpu tests/test_losses.py
 	$(BIN)/python -m benchmarks.ahead_of_time --check --changed
 
 # Compiles every kernel for GPUs that are not here and writes what came out; ARGS=--check compares.

@@ -95,7 +95,7 @@ class CrossAttention(_Attention):
             key: (B, H, S, d_head), from ``project_key_value``: once per sentence.
             value: (B, H, S, d_head).
             key_mask: (B, S) bool, true where the memory may be attended to, or ``None``.
-            key_lengths: (B,) integer. Instead of a mask, how much of each memory is valid.
+            key_lengths: (B,) int32 or int64. Instead of a mask, how much of each memory is valid.
             beams: Rows per sentence.
 
         Returns:
@@ -111,7 +111,7 @@ class CrossAttention(_Attention):
                 f"x has {rows} rows; {key.shape[0]} sentences with {beams} beams each need "
                 f"{key.shape[0] * beams}"
             )
-        query = self._split(self.q_proj(x).reshape(-1, beams * length, d_model))
+        query = self._split(self.q_proj(x).reshape(key.shape[0], beams * length, d_model))
         context = cross_attention(
             query,
             key,

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moe_mt.errors import ConfigError
 from moe_mt.ops.backend import autocast, register_op, use_triton
-from moe_mt.ops.dropout import dropped_below, keep_mask
+from moe_mt.ops.dropout import dropped_below, keep_mask, kept_share
 
 __all__ = [
     "cross_attention",
@@ -18,6 +18,8 @@ __all__ = [
     "cross_attention_with_lse",
     "cross_attention_with_lse_eager",
 ]
+
+INTEGERS = (torch.int32, torch.int64)
 
 WIDEST_HEAD = 256
 """Largest d_head of the kernels: a tile of queries and one of keys stay on the chip."""
@@ -43,7 +45,8 @@ def cross_attention(
     one memory, and keys and values are never replicated.
 
     Padding of keys is said by lengths (padding on the right) or by a mask (anywhere). A query of
-    a sentence without any valid key gives 0 and gets and gives no gradient.
+    a sentence without any valid key gives 0 and gets and gives no gradient. Keys and values of
+    padding must be finite: kernels do not read them, but the definition multiplies them by 0.
 
     Sentences may also stand behind each other without padding: then B = 1, and sentence ``b`` has
     the queries ``query_offsets[b]`` to ``query_offsets[b + 1]`` of L and the keys
@@ -54,10 +57,11 @@ def cross_attention(
         query: (B, H, L, d_head), any strides: (B, L, H, d_head) transposed needs no copy.
         key: (B, H, S, d_head), as ``query``.
         value: (B, H, S, d_head), as ``query``.
-        key_lengths: (B,) integer. How many keys of each sentence are valid.
+        key_lengths: (B,) int32 or int64. How many keys of each sentence are valid.
         key_mask: (B, S) bool, true where a key is valid; not together with ``key_lengths``.
-        query_offsets: (sentences + 1,) integer, ascending from 0; with ``key_offsets`` only.
-        key_offsets: (sentences + 1,) integer, ascending from 0; with ``query_offsets`` only.
+        query_offsets: (sentences + 1,) int32 or int64, ascending from 0; with
+            ``key_offsets`` only.
+        key_offsets: As ``query_offsets``, for keys; with these only.
         scale: Positive factor of the scores; ``d_head ** -0.5`` where ``None``.
         dropout: Probability with which an attention weight is dropped; 0 outside training.
         seed: () or (1,) int64, from which dropout follows; drawn where ``None``.
@@ -75,6 +79,7 @@ def cross_attention(
     """
     limits = (key_lengths, key_mask, query_offsets, key_offsets)
     _check(query, key, value, *limits, scale, dropout, seed)
+    query, key, value = autocast(query, key, value)
     if use_triton(query):
         return _on_kernels(query, key, value, *limits, scale, dropout, seed)[0]
     return cross_attention_eager(
@@ -117,6 +122,7 @@ def cross_attention_with_lse(
     """
     limits = (key_lengths, key_mask, query_offsets, key_offsets)
     _check(query, key, value, *limits, scale, dropout, seed)
+    query, key, value = autocast(query, key, value)
     if use_triton(query):
         return _on_kernels(query, key, value, *limits, scale, dropout, seed)
     return cross_attention_with_lse_eager(
@@ -148,7 +154,8 @@ def cross_attention_weights(
 
     Args, Raises: As ``cross_attention``. Rows sum to 1; without a valid key they are 0.
     """
-    _check(query, key, key, key_lengths, key_mask, None, None, scale, 0.0, None)
+    _check(query, key, None, key_lengths, key_mask, None, None, scale, 0.0, None)
+    query, key = autocast(query, key)
     allowed = _allowed(key, key_lengths, key_mask)
     return _weights(query, key, allowed, _scale(query, scale))[0].to(query.dtype)
 
@@ -241,15 +248,15 @@ def _explicit(
             keys=keys,
             first_sentence=first_sentence,
         )
-        weights = weights * kept / (1 - dropout)
-    return (weights @ value.to(weights.dtype)).to(query.dtype), lse
+        weights = weights * kept / kept_share(dropout)
+    return _wide_product(weights, value, weights.dtype).to(query.dtype), lse
 
 
 def _weights(
     query: Tensor, key: Tensor, allowed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the weights (B, H, L, S) and the log-sum-exp (B, H, L), both wide."""
-    scores = query.to(_wide(query)) @ key.to(_wide(query)).mT * scale
+    scores = _wide_product(query, key.mT, _wide(query)) * scale
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     lse = scores.logsumexp(-1)
@@ -262,7 +269,7 @@ def _allowed(key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None) -
     if key_lengths is not None:
         places = torch.arange(key.shape[2], device=key.device)
         key_mask = places < key_lengths[:, None]
-    return None if key_mask is None else key_mask[:, None, None, :]
+    return None if key_mask is None else key_mask.view(key.shape[0], 1, 1, key.shape[2])
 
 
 def _sentences(
@@ -282,6 +289,12 @@ def _joined(pieces: list[Tensor], like: Tensor, fill: float) -> Tensor:
     missing = like.shape[2] - sum(piece.shape[2] for piece in pieces)
     shape = (*like.shape[:2], missing, like.shape[3])
     return torch.cat([*pieces, like.new_full(shape, fill)], 2)
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``a @ b`` computed in ``dtype``, also where autocast would round its operands."""
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
 
 
 def _wide(query: Tensor) -> torch.dtype:
@@ -304,7 +317,7 @@ def _seed(query: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
 def _check(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     key_lengths: Tensor | None,
     key_mask: Tensor | None,
     query_offsets: Tensor | None,
@@ -320,17 +333,18 @@ def _check(
         )
     sentences, heads, _, d_head = query.shape
     expected = (sentences, heads, key.shape[2], d_head)
-    if key.shape != expected or value.shape != expected:
+    if key.shape != expected or (value is not None and value.shape != expected):
+        values = "" if value is None else f" and value {tuple(value.shape)}"
         raise ConfigError(
-            f"key is {tuple(key.shape)} and value {tuple(value.shape)}; beside query "
-            f"{tuple(query.shape)} both must be ({sentences}, {heads}, S, {d_head}). Beams of a "
-            "sentence are rows of query, not sentences"
+            f"key is {tuple(key.shape)}{values}; beside query {tuple(query.shape)} they must be "
+            f"({sentences}, {heads}, S, {d_head}). Beams of a sentence are rows of query, not "
+            "sentences"
         )
     _check_keys(key, key_lengths, key_mask)
     if query_offsets is not None or key_offsets is not None:
         _check_offsets(sentences, query_offsets, key_offsets, key_lengths, key_mask)
-    if scale is not None and not scale > 0:
-        raise ConfigError(f"scale is {scale}; it must be positive")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ConfigError(f"scale is {scale}; it must be positive and finite")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout is {dropout}; it must be at least 0 and below 1")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
@@ -344,13 +358,11 @@ def _check_keys(key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None
     if key_lengths is not None and key_mask is not None:
         raise ConfigError("key_lengths and key_mask were both given; give one of them")
     if key_lengths is not None and (
-        key_lengths.shape != (sentences,)
-        or key_lengths.is_floating_point()
-        or key_lengths.dtype == torch.bool
+        key_lengths.shape != (sentences,) or key_lengths.dtype not in INTEGERS
     ):
         raise ConfigError(
             f"key_lengths are {tuple(key_lengths.shape)} {key_lengths.dtype}; they must be "
-            f"({sentences},) integers"
+            f"({sentences},) torch.int32 or torch.int64"
         )
     if key_mask is not None and (
         key_mask.shape != (sentences, keys) or key_mask.dtype != torch.bool
@@ -378,13 +390,13 @@ def _check_offsets(
         query_offsets.dim() != 1
         or query_offsets.shape != key_offsets.shape
         or query_offsets.numel() == 0
-        or query_offsets.is_floating_point()
-        or key_offsets.is_floating_point()
+        or query_offsets.dtype not in INTEGERS
+        or key_offsets.dtype not in INTEGERS
     ):
         raise ConfigError(
             f"query_offsets are {tuple(query_offsets.shape)} {query_offsets.dtype}, key_offsets "
             f"{tuple(key_offsets.shape)} {key_offsets.dtype}; both must be (sentences + 1,) "
-            "integers"
+            "torch.int32 or torch.int64"
         )
 
 
@@ -400,7 +412,6 @@ def _on_kernels(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = autocast(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         raise ConfigError(
             f"query is {query.dtype}, key {key.dtype} and value {value.dtype}; they must be of one "
@@ -412,6 +423,12 @@ def _on_kernels(
         )
     limits = (key_lengths, key_mask, query_offsets, key_offsets)
     seed = _seed(query, dropout, seed)
+    for tensor in (key, value, *limits, seed):
+        if tensor is not None and tensor.device != query.device:
+            raise ConfigError(
+                f"query is on {query.device} and another argument on {tensor.device}; all must be "
+                "on one device"
+            )
     return _cross_attention(
         query, key, value, *limits, seed, _scale(query, scale), dropped_below(dropout)
     )

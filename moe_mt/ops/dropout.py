@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["dropped_below", "keep_mask", "philox"]
+__all__ = ["dropped_below", "keep_mask", "kept_share", "philox"]
 
 ROUNDS = 7
 """The fewest that pass the test batteries of the paper; kernels draw bits for every score."""
@@ -45,6 +45,11 @@ def philox(seed: Tensor, counter: Words, rounds: int = ROUNDS) -> Words:
 def dropped_below(probability: float) -> int:
     """Return the number of 24 bits below which an element's bits drop it."""
     return int(probability * (1 << _THRESHOLD_BITS))
+
+
+def kept_share(probability: float) -> float:
+    """Return the share that is kept, which dropout divides by: ``1 - probability`` to 24 bits."""
+    return 1 - dropped_below(probability) / (1 << _THRESHOLD_BITS)
 
 
 def keep_mask(

@@ -183,6 +183,14 @@ def test_weights_have_the_names_of_published_checkpoints():
     }
 
 
+def test_no_position_and_no_beam_are_allowed():
+    attention = attention_on("cpu")
+    x, memory = inputs_on("cpu", rows=2)
+    key_value = attention.project_key_value(memory)
+    assert attention(x[:, :0], *key_value).shape == (2, 0, D_MODEL)
+    assert attention(x[:0], *key_value, beams=0).shape == (0, *x.shape[1:])
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="5 heads do not divide d_model 128"):
         CrossAttention(D_MODEL, 5)

@@ -15,7 +15,7 @@ from moe_mt.ops import (
     use_backend,
 )
 from moe_mt.ops.cross_attention import cross_attention_eager, cross_attention_with_lse_eager
-from moe_mt.ops.dropout import dropped_below, keep_mask, philox
+from moe_mt.ops.dropout import dropped_below, keep_mask, kept_share, philox
 from tests.closeness import assert_near
 
 RESULTS = (
@@ -175,7 +175,7 @@ def by_hand(case, query, key, value):
                 total = sum(score.exp() for score in scores.values())
                 for k, score in scores.items():
                     if kept[number, h, i, k - own_keys.start]:
-                        weight = score.exp() / total / (1 - case.dropout)
+                        weight = score.exp() / total / kept_share(case.dropout)
                         out[row, h, q] = out[row, h, q] + weight * value[row, h, k]
                 lse[row, h, q] = total.log()
     return out, lse
@@ -406,7 +406,11 @@ MISFITS = {
     ),
     "lengths of other sentences": (
         {"key_lengths": torch.ones(3, dtype=torch.int32)},
-        r"key_lengths are \(3,\) torch.int32; they must be \(2,\) integers",
+        r"key_lengths are \(3,\) torch.int32; they must be \(2,\) torch.int32 or",
+    ),
+    "lengths of 8 bits": (
+        {"key_lengths": torch.ones(2, dtype=torch.int8)},
+        "torch.int8; they must be",
     ),
     "broken lengths": ({"key_lengths": torch.ones(2)}, "torch.float32; they must be"),
     "a mask as lengths": (
@@ -442,6 +446,7 @@ MISFITS = {
     ),
     "a scale of zero": ({"scale": 0.0}, "scale is 0.0; it must be positive"),
     "a negative scale": ({"scale": -1.0}, "scale is -1.0"),
+    "an infinite scale": ({"scale": float("inf")}, "scale is inf; it must be positive and finite"),
     "a scale that is no number": ({"scale": float("nan")}, "scale is nan"),
     "a negative dropout": ({"dropout": -0.1}, "dropout is -0.1; it must be at least 0"),
     "a dropout of all": ({"dropout": 1.0}, "dropout is 1.0; .*below 1"),
@@ -457,6 +462,8 @@ MISFIT_OFFSETS = {
     "other numbers of sentences": ((offsets(4), offsets(3, 5)), r"\(2,\).*\(3,\)"),
     "no offset": ((offsets()[1:], offsets()[1:]), r"\(0,\) torch.int64.*\(sentences \+ 1,\)"),
     "offsets of two axes": ((offsets(4)[None], offsets(5)[None]), r"\(1, 2\)"),
+    "offsets of 8 bits": ((offsets(4).byte(), offsets(5)), "query_offsets are .*uint8"),
+    "offsets that are a mask": ((offsets(4), offsets(5).bool()), "key_offsets .*torch.bool"),
     "broken query_offsets": ((offsets(4).float(), offsets(5)), "query_offsets are .*float32"),
     "broken key_offsets": ((offsets(4), offsets(5).float()), "key_offsets .*float32"),
 }
@@ -841,6 +848,31 @@ def test_keys_and_values_may_be_expanded(queries, kernel_device):
     assert_same_bits(*runs)
 
 
+FAR = 2**31 - 16
+"""In 32 bits, two such strides would end 32 elements before the first."""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["decoding", "training"])
+@pytest.mark.parametrize("axis", range(3), ids=["sentences", "heads", "rows"])
+def test_what_lies_far_apart_is_found(axis, dropout, kernel_device):
+    shape = [(3, 1, 2, 4, 16), (1, 3, 2, 4, 16), (1, 1, 3, 3, 16)][axis]
+    case = Case(shape=shape, dropout=dropout)
+    *tensors, grad_lse = problem(case, torch.float16, kernel_device)
+    options = case.options(kernel_device)
+    # A CPU keeps only the pages that are written; poison would write them all.
+    torch.use_deterministic_algorithms(False)
+    memory = torch.empty(2 * FAR + 1024 * 5, dtype=torch.float16, device=kernel_device)
+    torch.use_deterministic_algorithms(True)
+    far = []
+    for place, tensor in enumerate(tensors, start=1):
+        stride = list(tensor.stride())
+        stride[axis] = FAR
+        far.append(memory.as_strided(tensor.shape, stride, 1024 * place).copy_(tensor))
+    expected = results(cross_attention_with_lse, [*tensors, grad_lse], options)
+    assert_same_bits(results(cross_attention_with_lse, [*far, grad_lse], options), expected)
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("name", ["decoding", "training, mask", "packed"])
 def test_limits_may_have_strides(name, kernel_device):
@@ -851,6 +883,14 @@ def test_limits_may_have_strides(name, kernel_device):
         assert not options[limit].is_contiguous()
     found = results(cross_attention_with_lse, tensors, options)
     assert_same_bits(found, undisturbed(name, kernel_device))
+
+
+@pytest.mark.triton
+def test_another_device_is_named(kernel_device):
+    query, key, value = torch.ones(3, 1, 1, 4, 8, device=kernel_device)
+    lengths = torch.ones(1, dtype=torch.int32, device="meta")
+    with pytest.raises(ConfigError, match=f"query is on {query.device} and another .* on meta"):
+        cross_attention(query, key, value, key_lengths=lengths)
 
 
 @pytest.mark.triton
@@ -878,7 +918,7 @@ def test_backward_takes_an_output_that_lies_otherwise(kernel_device):
         key,
         value,
         clean["output"].contiguous(),
-        clean["log-sum-exp"],
+        clean["log-sum-exp"].mT.contiguous().mT,
         *limits,
         query.shape[3] ** -0.5,
         0,
@@ -1041,12 +1081,13 @@ def test_dropout_without_a_seed_compiles(kernel_device):
     assert not all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
-@pytest.mark.triton
-def test_autocast_is_a_cast_of_the_inputs(kernel_device):
-    (*inputs, grad, grad_lse), options = on_kernels(TINY["lengths"], kernel_device)
+def check_autocast(case, device):
+    (*inputs, grad, grad_lse), options = on_kernels(case, device)
     inputs = [t.requires_grad_() for t in inputs]
-    with torch.autocast(kernel_device.type, torch.bfloat16):
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
         outputs = cross_attention_with_lse(*inputs, **options)
+        assert cross_attention(*inputs, **options).dtype == torch.bfloat16
+        weights = cross_attention_weights(*inputs[:2])
     assert [t.dtype for t in outputs] == [torch.bfloat16, torch.float32]
     cast = [t.detach().bfloat16() for t in inputs]
     expected = results(cross_attention_with_lse, [*cast, grad.bfloat16(), grad_lse], options)
@@ -1054,6 +1095,17 @@ def test_autocast_is_a_cast_of_the_inputs(kernel_device):
     for what, result in zip(RESULTS, found, strict=True):
         assert torch.equal(result, expected[what].to(result.dtype)), what
     assert all(t.dtype == torch.float32 for t in found[2:])
+    assert torch.equal(weights, cross_attention_weights(*cast[:2]))
+
+
+@pytest.mark.parametrize("name", ["lengths", "dropout"])
+def test_autocast_is_a_cast_of_the_inputs(name):
+    check_autocast(TINY[name], "cpu")
+
+
+@pytest.mark.triton
+def test_autocast_is_a_cast_of_the_inputs_of_kernels(kernel_device):
+    check_autocast(TINY["lengths"], kernel_device)
 
 
 @pytest.mark.triton

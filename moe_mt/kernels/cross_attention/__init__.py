@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from moe_mt.kernels._launch import inner_contiguous
 from moe_mt.kernels.cross_attention.backward import grad_key_value, grad_query
 from moe_mt.kernels.cross_attention.decode import DECODE_QUERIES, attend_decode
 from moe_mt.kernels.cross_attention.forward import attend
@@ -22,7 +21,7 @@ def cross_attention(
     dropped_below: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, L, d_head) and the log-sum-exp (B, H, L)."""
-    query, key, value = map(inner_contiguous, (query, key, value))
+    query, key, value = map(_readable, (query, key, value))
     out = _heads_last(query, packed=limits.packed())
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if limits.packed():
@@ -49,12 +48,13 @@ def cross_attention_backward(
     need_key_value: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of query, key and value; of the last two only where needed."""
-    grad, query, key, value = map(inner_contiguous, (grad.to(query.dtype), query, key, value))
+    grad, query, key, value = map(_readable, (grad.to(query.dtype), query, key, value))
     options = {"scale": scale, "dropped_below": dropped_below}
     packed = limits.packed()
     # The kernel takes its strides for those of the output.
     out = out if out.stride() == _heads_last(query).stride() else _heads_last(query).copy_(out)
     for_query = _heads_last(query, packed=packed)
+    lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = grad_query(grad, grad_lse, query, key, value, out, lse, limits, for_query, **options)
     if not need_key_value:
@@ -62,6 +62,15 @@ def cross_attention_backward(
     for_key, for_value = _heads_last(key, packed=packed), _heads_last(value, packed=packed)
     grad_key_value(grad, query, key, value, lse, delta, limits, for_key, for_value, **options)
     return for_query, for_key, for_value
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or a copy where kernels could not read it as it lies.
+
+    The last stride must be 1, and the elements of a tile of 128 rows lie within 32 bits.
+    """
+    readable = tensor.stride(3) == 1 and tensor.stride(2) < 1 << 24
+    return tensor if readable else tensor.contiguous()
 
 
 def _heads_last(like: Tensor, *, packed: bool = False) -> Tensor:

@@ -93,6 +93,8 @@ def _grad_query_kernel(
         BLOCK_QUERIES,
     )
     first_key, count = keys_of(sentence, key_lengths_ptr, key_mask_ptr, key_offsets_ptr, keys)
+    if PACKED:  # a program too many has no row, and nothing to read
+        count = tl.where(rows > 0, count, 0)
     first_row = block * BLOCK_QUERIES
     row_in_sentence = first_row + tl.arange(0, BLOCK_QUERIES)
     rows_inside = row_in_sentence < rows
@@ -218,8 +220,8 @@ def _grad_key_value_kernel(
     _, count = keys_of(sentence, key_lengths_ptr, key_mask_ptr, key_offsets_ptr, keys)
     first_query, rows = rows_of(sentence, query_offsets_ptr, queries)
     start_key = block * BLOCK_KEYS
-    # Padding gets zeros, for which nothing is read.
-    rows = tl.where(start_key < count, rows, 0)
+    # Padding gets zeros, for which nothing is read, and a program too many has no key.
+    rows = tl.where(start_key < tl.minimum(count, own_keys), rows, 0)
     valid = valid_keys(sentence, start_key, count, key_mask_ptr, keys, BLOCK_KEYS)[:, None]
     columns_inside = (tl.arange(0, D_PADDED) < D_HEAD)[None, :]
     key_ptrs = tile_start(

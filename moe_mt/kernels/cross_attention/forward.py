@@ -79,6 +79,8 @@ def _forward_kernel(
         BLOCK_QUERIES,
     )
     first_key, count = keys_of(sentence, key_lengths_ptr, key_mask_ptr, key_offsets_ptr, keys)
+    if PACKED:  # a program too many has no row, and nothing to read
+        count = tl.where(rows > 0, count, 0)
     first_row = block * BLOCK_QUERIES
     columns_inside = (tl.arange(0, D_PADDED) < D_HEAD)[None, :]
     rows_inside = first_row + tl.arange(0, BLOCK_QUERIES) < rows

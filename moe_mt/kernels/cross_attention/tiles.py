@@ -1,7 +1,8 @@
-"""How large the tiles of attention are: the largest that fit the registers without spilling.
+"""How large the tiles of attention are: the largest that fit the registers.
 
-What fits was found by compiling for Ampere, Hopper and MI300 (``benchmarks/ahead_of_time``). Which
-of the tiles that fit is fastest, no GPU has said yet.
+What fits was found by compiling for Ampere, Hopper and MI300 (``benchmarks/ahead_of_time``, which
+names what spills nevertheless: some float32 kernels). Which of the tiles that fit is fastest, no
+GPU has said yet.
 """
 
 from typing import NamedTuple
