@@ -51,8 +51,8 @@ def cross_attention_backward(
     grad, query, key, value = map(_readable, (grad.to(query.dtype), query, key, value))
     options = {"scale": scale, "dropped_below": dropped_below}
     packed = limits.packed()
-    # The kernel takes its strides for those of the output.
-    out = out if out.stride() == _heads_last(query).stride() else _heads_last(query).copy_(out)
+    # The gradient of the query is written with the strides of the output.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     for_query = _heads_last(query, packed=packed)
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
