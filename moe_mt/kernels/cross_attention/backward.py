@@ -13,17 +13,14 @@ from torch import Tensor
 
 from moe_mt.kernels._launch import launch
 from moe_mt.kernels._tiles import dot, load_tile, tile_offsets
-from moe_mt.kernels.cross_attention.forward import NOT_SPECIALISED, limits_arguments, strides
+from moe_mt.kernels.cross_attention.call import NOT_SPECIALISED, Call
 from moe_mt.kernels.cross_attention.limits import (
     LOG2_E,
-    Limits,
     kept,
     keys_of,
     lse_offset,
     place_of,
-    programs_for,
     rows_of,
-    sentences_padded,
     tile_start,
     valid_keys,
 )
@@ -319,95 +316,47 @@ def _grad_key_value_kernel(
 
 
 def grad_query(
+    call: Call,
     grad: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     out: Tensor,
     lse: Tensor,
-    limits: Limits,
     found: Tensor,
-    *,
-    scale: float,
-    dropped_below: int,
 ) -> Tensor:
     """Write the gradient of the queries into ``found`` and return delta (B, H, L)."""
     delta = torch.empty_like(lse)
-    tile = grad_query_tile(query, dropout=dropped_below > 0)
-    sentences, packed = limits.sentences(query), limits.packed()
+    tile = grad_query_tile(call.query, dropout=call.dropped_below > 0)
     launch(
         _grad_query_kernel,
-        (programs_for(sentences, query.shape[1], query.shape[2], tile.queries, packed=packed),),
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        **limits_arguments(limits),
+        (call.programs(call.query, tile.queries),),
         out_ptr=out,
         lse_ptr=lse,
         grad_ptr=grad,
         grad_lse_ptr=grad_lse,
         delta_ptr=delta,
         grad_query_ptr=found,
-        sentences=sentences,
-        heads=query.shape[1],
-        queries=query.shape[2],
-        keys=key.shape[2],
-        scale=scale,
-        dropped_below=dropped_below,
-        **strides(query=query, key=key, value=value, out=out, grad=grad),
-        D_HEAD=query.shape[3],
-        D_PADDED=max(16, triton.next_power_of_2(query.shape[3])),
-        SENTENCES_PADDED=sentences_padded(sentences, packed=packed),
-        BLOCK_QUERIES=tile.queries,
-        BLOCK_KEYS=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **call.arguments(tile, out=out, grad=grad),
     )
     return delta
 
 
 def grad_key_value(
+    call: Call,
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     lse: Tensor,
     delta: Tensor,
-    limits: Limits,
     found_key: Tensor,
     found_value: Tensor,
-    *,
-    scale: float,
-    dropped_below: int,
 ) -> None:
     """Write the gradients of keys and values into ``found_key`` and ``found_value``."""
-    tile = grad_key_value_tile(query, limits.length(key))
-    sentences, packed = limits.sentences(query), limits.packed()
+    tile = grad_key_value_tile(call.query, call.limits.length(call.key))
     launch(
         _grad_key_value_kernel,
-        (programs_for(sentences, key.shape[1], key.shape[2], tile.keys, packed=packed),),
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        **limits_arguments(limits),
+        (call.programs(call.key, tile.keys),),
         lse_ptr=lse,
         grad_ptr=grad,
         delta_ptr=delta,
         grad_key_ptr=found_key,
         grad_value_ptr=found_value,
-        sentences=sentences,
-        heads=query.shape[1],
-        queries=query.shape[2],
-        keys=key.shape[2],
-        scale=scale,
-        dropped_below=dropped_below,
-        **strides(query=query, key=key, value=value, grad=grad, grad_key=found_key),
-        D_HEAD=query.shape[3],
-        D_PADDED=max(16, triton.next_power_of_2(query.shape[3])),
-        SENTENCES_PADDED=sentences_padded(sentences, packed=packed),
-        BLOCK_QUERIES=tile.queries,
-        BLOCK_KEYS=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **call.arguments(tile, grad=grad, grad_key=found_key),
     )

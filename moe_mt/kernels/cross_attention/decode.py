@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moe_mt.kernels._launch import accelerator_of, launch
 from moe_mt.kernels._tiles import dot, element_offset, load_tile, tile_offsets
-from moe_mt.kernels.cross_attention.forward import NOT_SPECIALISED, limits_arguments, strides
+from moe_mt.kernels.cross_attention.call import NOT_SPECIALISED, Call, padded_width, strides
 from moe_mt.kernels.cross_attention.limits import (
     LOG2_E,
-    Limits,
     keys_of,
     tile_start,
     valid_keys,
@@ -208,28 +207,20 @@ def _merge_kernel(
     )
 
 
-def attend_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    limits: Limits,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-) -> None:
+def attend_decode(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write the output (B, H, L, d_head) and the log-sum-exp (B, H, L), L <= 16, no dropout."""
+    query, key, value = call.query, call.key, call.value
     sentences, heads, queries, d_head = query.shape
     keys = key.shape[2]
     tile = decode_tile(query)
     splits = _splits(query, keys, tile.keys)
     shape = {
         "D_HEAD": d_head,
-        "D_PADDED": max(16, triton.next_power_of_2(d_head)),
+        "D_PADDED": padded_width(query),
         "SPLITS": splits,
         "BLOCK_QUERIES": tile.queries,
     }
-    arguments = limits_arguments(limits)
+    limits = call.limits_arguments()
     parts, totals, maxima = out, lse, None
     if splits > 1:
         parts = query.new_empty(splits, *query.shape, dtype=torch.float32)
@@ -240,15 +231,15 @@ def attend_decode(
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
-        key_lengths_ptr=arguments["key_lengths_ptr"],
-        key_mask_ptr=arguments["key_mask_ptr"],
+        key_lengths_ptr=limits["key_lengths_ptr"],
+        key_mask_ptr=limits["key_mask_ptr"],
         out_ptr=parts,
         lse_ptr=totals,
         maxima_ptr=maxima,
         heads=heads,
         queries=queries,
         keys=keys,
-        scale=scale,
+        scale=call.scale,
         **strides(query=query, key=key, value=value, out=out),
         **shape,
         BLOCK_KEYS=tile.keys,

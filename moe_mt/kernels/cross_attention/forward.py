@@ -9,24 +9,19 @@ from torch import Tensor
 
 from moe_mt.kernels._launch import launch
 from moe_mt.kernels._tiles import dot, load_tile, tile_offsets
+from moe_mt.kernels.cross_attention.call import NOT_SPECIALISED, Call
 from moe_mt.kernels.cross_attention.limits import (
     LOG2_E,
-    Limits,
     kept,
     keys_of,
     lse_offset,
     place_of,
-    programs_for,
-    sentences_padded,
     tile_start,
     valid_keys,
 )
 from moe_mt.kernels.cross_attention.tiles import forward_tile
 
-__all__ = ["NOT_SPECIALISED", "attend", "limits_arguments", "strides"]
-
-NOT_SPECIALISED = ["sentences", "queries", "keys", "dropped_below"]
-"""What changes from call to call; a kernel compiled for one value serves all."""
+__all__ = ["attend"]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=NOT_SPECIALISED)
@@ -159,62 +154,14 @@ def _forward_kernel(
     tl.store(lse_ptrs + first_row + tl.arange(0, BLOCK_QUERIES), lse, mask=rows_inside)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    limits: Limits,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    dropped_below: int,
-) -> None:
+def attend(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write the output (B, H, L, d_head) and the log-sum-exp (B, H, L)."""
-    lengths = limits.length(query), limits.length(key)
-    tile = forward_tile(query, *lengths, dropout=dropped_below > 0)
-    sentences, packed = limits.sentences(query), limits.packed()
+    lengths = call.limits.length(call.query), call.limits.length(call.key)
+    tile = forward_tile(call.query, *lengths, dropout=call.dropped_below > 0)
     launch(
         _forward_kernel,
-        (programs_for(sentences, query.shape[1], query.shape[2], tile.queries, packed=packed),),
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        **limits_arguments(limits),
+        (call.programs(call.query, tile.queries),),
         out_ptr=out,
         lse_ptr=lse,
-        sentences=sentences,
-        heads=query.shape[1],
-        queries=query.shape[2],
-        keys=key.shape[2],
-        scale=scale,
-        dropped_below=dropped_below,
-        **strides(query=query, key=key, value=value, out=out),
-        D_HEAD=query.shape[3],
-        D_PADDED=max(16, triton.next_power_of_2(query.shape[3])),
-        SENTENCES_PADDED=sentences_padded(sentences, packed=packed),
-        BLOCK_QUERIES=tile.queries,
-        BLOCK_KEYS=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **call.arguments(tile, out=out),
     )
-
-
-def limits_arguments(limits: Limits) -> dict[str, Tensor | None]:
-    """Return what every kernel is given of the limits."""
-    return {
-        f"{name}_ptr": None if tensor is None else tensor.contiguous()
-        for name, tensor in limits._asdict().items()
-    }
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Return the strides of (B, H, L, d_head) tensors, as kernels name them.
-
-    Packed sentences share one row of the batch: they are told apart by their first rows alone.
-    """
-    return {
-        f"stride_{name}_{axis}": tensor.stride(dim) if dim > 0 or len(tensor) > 1 else 0
-        for name, tensor in tensors.items()
-        for dim, axis in enumerate(("sentence", "head", "row"))
-    }

@@ -17,9 +17,7 @@ __all__ = [
     "keys_of",
     "lse_offset",
     "place_of",
-    "programs_for",
     "rows_of",
-    "sentences_padded",
     "tile_start",
     "valid_keys",
 ]
@@ -50,18 +48,6 @@ class Limits(NamedTuple):
     def packed(self) -> bool:
         """Return whether sentences stand behind each other in one row."""
         return self.query_offsets is not None
-
-
-def programs_for(sentences: int, heads: int, length: int, block: int, *, packed: bool) -> int:
-    """Return how many programs own a block of rows each; in a packed batch, at most."""
-    if not packed:
-        return sentences * heads * triton.cdiv(length, block)
-    return (length // block + sentences) * heads if sentences else 0
-
-
-def sentences_padded(sentences: int, *, packed: bool) -> int:
-    """Return the width in which a program looks for its sentence: a power of two."""
-    return triton.next_power_of_2(max(sentences, 1)) if packed else 1
 
 
 @triton.jit
