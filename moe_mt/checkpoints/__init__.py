@@ -4,7 +4,8 @@ from moe_mt.checkpoints.fit import FreeBytes, check_fits, measure_free_bytes, mo
 from moe_mt.checkpoints.load import load
 from moe_mt.checkpoints.published_config import read_config, read_json
 from moe_mt.checkpoints.resolve import fetch_small_files, resolve
-from moe_mt.checkpoints.save import save
+from moe_mt.checkpoints.save import save, save_tensors
+from moe_mt.checkpoints.shards import open_shards
 
 __all__ = [
     "FreeBytes",
@@ -13,8 +14,10 @@ __all__ = [
     "load",
     "measure_free_bytes",
     "model_bytes",
+    "open_shards",
     "read_config",
     "read_json",
     "resolve",
     "save",
+    "save_tensors",
 ]

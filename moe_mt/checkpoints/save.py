@@ -17,10 +17,8 @@ from moe_mt.checkpoints.published_config import CONFIG_NAME
 from moe_mt.errors import CheckpointError
 from moe_mt.models import FAMILIES, Family, Seq2SeqTransformer
 
-__all__ = ["save"]
+__all__ = ["save", "save_tensors"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 TIED_KEY = "shared.weight"
 """The one of the four tied names that is written."""
 
@@ -43,39 +41,56 @@ def save(
 ) -> None:
     """Write ``config.json`` and the weights, replacing those that the folder holds.
 
-    One tensor at a time is copied. Every file is written under another name first and renamed
-    when all are whole, so that a failure while writing leaves the folder as it was; to replace a
-    model in one step that nothing can split, save to a new folder and rename that.
-
     Args:
         model: On any device.
         folder: Made if it does not exist.
         dtype: Dtype of the weights, routers excepted; the model's own where ``None``.
-        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
+        max_shard_bytes: As of ``save_tensors``.
         extra_config: Fields to add to ``config.json``, or to write there instead of the model's.
 
     Raises:
         CheckpointError: If the files cannot be written.
-
-    Source: the file format, https://github.com/huggingface/safetensors (Format).
     """
-    folder = Path(folder)
     family = next(f for f in FAMILIES.values() if f.name == model.config.family)
-    shards = _shards(list(_entries(model, family, dtype)), max_shard_bytes)
-    weights = {_shard_name(i, len(shards)): shard for i, shard in enumerate(shards)}
     config = (
         family.config_to_published(model.config)
         | {"model_type": family.model_types[0], "architectures": [family.architecture]}
         | {"torch_dtype": str(dtype or model.embedding.weight.dtype).removeprefix("torch.")}
         | dict(extra_config or {})
     )
-    with _replacing_files(folder) as write:
-        for name, shard in weights.items():
-            write(name, lambda file, shard=shard: _write_safetensors(file, shard))
-        if len(shards) > 1:
-            write(INDEX_NAME, lambda file: _write_json(file, _index(weights)))
-        write(CONFIG_NAME, lambda file: _write_json(file, config))
-    _remove_stale(folder, {*weights, *([INDEX_NAME] if len(shards) > 1 else [])})
+    entries = list(_entries(model, family, dtype))
+    _write_checkpoint(Path(folder), entries, config, max_shard_bytes, SAFETENSORS)
+
+
+def save_tensors(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    pickled: bool = False,
+) -> None:
+    """Write tensors as the weights of a model, and its ``config.json``, replacing earlier ones.
+
+    One tensor at a time is copied. Every file is written under another name first and renamed
+    when all are whole, so that a failure while writing leaves the folder as it was; to replace a
+    model in one step that nothing can split, save to a new folder and rename that.
+
+    Args:
+        folder: Made if it does not exist.
+        tensors: By published name, on any device.
+        config: The content of ``config.json``.
+        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
+        pickled: Whether to write .bin files instead of .safetensors.
+
+    Raises:
+        CheckpointError: If the files cannot be written.
+
+    Source: the file format, https://github.com/huggingface/safetensors (Format).
+    """
+    entries = [_Entry(key, tensor.detach(), tensor.dtype) for key, tensor in tensors.items()]
+    layout = PICKLE if pickled else SAFETENSORS
+    _write_checkpoint(Path(folder), entries, config, max_shard_bytes, layout)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,41 @@ class _Entry:
     @property
     def size_bytes(self) -> int:
         return self.tensor.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the files of one format are called, and what writes them."""
+
+    stem: str
+    suffix: str
+    write: Callable[[IO[bytes], Iterable[_Entry]], None]
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.stem}{self.suffix}.index.json"
+
+    def shard_name(self, index: int, count: int) -> str:
+        place = "" if count == 1 else f"-{index + 1:05d}-of-{count:05d}"
+        return f"{self.stem}{place}{self.suffix}"
+
+
+def _write_checkpoint(
+    folder: Path,
+    entries: list[_Entry],
+    config: Mapping[str, Any],
+    max_shard_bytes: int,
+    layout: _Layout,
+) -> None:
+    shards = _shards(entries, max_shard_bytes)
+    weights = {layout.shard_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+    with _replacing_files(folder) as write:
+        for name, shard in weights.items():
+            write(name, lambda file, shard=shard: layout.write(file, shard))
+        if len(shards) > 1:
+            write(layout.index_name, lambda file: _write_json(file, _index(weights)))
+        write(CONFIG_NAME, lambda file: _write_json(file, config))
+    _remove_stale(folder, {*weights, *([layout.index_name] if len(shards) > 1 else [])})
 
 
 def _entries(
@@ -114,10 +164,6 @@ def _shards(entries: Iterable[_Entry], max_shard_bytes: int) -> list[list[_Entry
         shards[-1].append(entry)
         room -= entry.size_bytes
     return shards
-
-
-def _shard_name(index: int, count: int) -> str:
-    return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _index(weights: Mapping[str, list[_Entry]]) -> dict[str, Any]:
@@ -187,7 +233,22 @@ def _replacing_files(
 
 
 def _remove_stale(folder: Path, weights: set[str]) -> None:
-    """Remove weights of an earlier save, which would otherwise be read beside the new ones."""
-    shards = {path.name for path in folder.glob("model-?????-of-?????.safetensors")}
-    for name in ({SINGLE_NAME, INDEX_NAME} | shards) - weights:
-        (folder / name).unlink(missing_ok=True)
+    """Remove weights of an earlier save, which would otherwise be read beside the new ones.
+
+    The .bin files of whoever wrote them stay where safetensors are written, which are read first.
+    """
+    layouts = [SAFETENSORS] if any(SAFETENSORS.suffix in name for name in weights) else LAYOUTS
+    for layout in layouts:
+        pattern = f"{layout.stem}-?????-of-?????{layout.suffix}"
+        single = {layout.shard_name(0, 1), layout.index_name}
+        for name in (single | {path.name for path in folder.glob(pattern)}) - weights:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_pickle(file: IO[bytes], entries: Iterable[_Entry]) -> None:
+    torch.save({entry.key: entry.tensor.to("cpu", entry.dtype).clone() for entry in entries}, file)
+
+
+SAFETENSORS = _Layout("model", ".safetensors", _write_safetensors)
+PICKLE = _Layout("pytorch_model", ".bin", _write_pickle)
+LAYOUTS = [SAFETENSORS, PICKLE]

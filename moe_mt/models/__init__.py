@@ -6,22 +6,43 @@ file of facts (names in the checkpoint, defaults), never a second model.
 
 from moe_mt.models.attention import CrossAttention
 from moe_mt.models.config import MoEConfig, TransformerConfig
-from moe_mt.models.family import Family, Location
+from moe_mt.models.embedding import SinusoidalPositions
+from moe_mt.models.family import TIED_KEYS, Family, Location
+from moe_mt.models.feed_forward import FeedForward
 from moe_mt.models.kv_cache import KVCache
+from moe_mt.models.layers import (
+    DecoderLayer,
+    DecoderMasks,
+    EncoderLayer,
+    HeadProbe,
+    LayerOutput,
+    moe_layer,
+    top2_router,
+)
 from moe_mt.models.m2m100 import M2M100
 from moe_mt.models.nllb_moe import NLLB_MOE
 from moe_mt.models.transformer import Seq2SeqTransformer, TransformerOutput
 
 __all__ = [
     "FAMILIES",
+    "TIED_KEYS",
     "CrossAttention",
+    "DecoderLayer",
+    "DecoderMasks",
+    "EncoderLayer",
     "Family",
+    "FeedForward",
+    "HeadProbe",
     "KVCache",
+    "LayerOutput",
     "Location",
     "MoEConfig",
     "Seq2SeqTransformer",
+    "SinusoidalPositions",
     "TransformerConfig",
     "TransformerOutput",
+    "moe_layer",
+    "top2_router",
 ]
 
 FAMILIES: dict[str, Family] = {

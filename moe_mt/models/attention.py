@@ -1,10 +1,11 @@
 """Attention: each side to itself, and the decoder to the memory."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mt.errors import ConfigError
-from moe_mt.ops import cross_attention
+from moe_mt.ops import cross_attention, cross_attention_weights
 
 __all__ = ["CrossAttention", "SelfAttention"]
 
@@ -39,28 +40,41 @@ class _Attention(nn.Module):
         batch, length, d_model = x.shape
         return x.view(batch, length, self.heads, d_model // self.heads).transpose(1, 2)
 
+    def _join(self, context: Tensor, head_mask: Tensor | None) -> Tensor:
+        """Project the heads' outputs (B, H, L, d_head) together, each times its factor."""
+        if head_mask is not None:
+            # As good as a factor of the weights, which then need not be written down.
+            context = context * head_mask.to(context.dtype)[:, None, None]
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
 
 class SelfAttention(_Attention):
-    """Attention of a sequence to itself."""
+    """Attention of a sequence to itself, and to what stands before it in a cache."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-        """Attend over the whole sequence.
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        head_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
 
         Args:
-            x: (B, L, d_model).
-            mask: bool, broadcastable to (B, H, L, L), true where attention is allowed.
-            causal: Whether a position sees only itself and what stands before it.
+            x: (B, L, d_model). Positions that attend.
+            key: (B, H, S, d_head), from ``project_key_value``: of ``x``, behind earlier ones.
+            value: (B, H, S, d_head).
+            mask: bool, broadcastable to (B, H, L, S), true where attention is allowed.
+            causal: Whether a position sees only itself and what stands before it; then L is S
+                and there is no mask.
+            head_mask: (H,). Factor of each head's output, or ``None``.
+
+        Returns:
+            (B, L, d_model).
         """
-        key, value = self.project_key_value(x)
-        return self._attend(x, key, value, mask, causal=causal)
-
-    def step(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from new positions (rows, new, d_model) to stored keys and values."""
-        return self._attend(x, key, value, mask, causal=False)
-
-    def _attend(
-        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool
-    ) -> Tensor:
         context = functional.scaled_dot_product_attention(
             self._split(self.q_proj(x)),
             key,
@@ -69,7 +83,22 @@ class SelfAttention(_Attention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
         )
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        return self._join(context, head_mask)
+
+    def weights(
+        self, x: Tensor, key: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
+        """Return the attention weights (B, H, L, S) before dropout; arguments as of a call.
+
+        Rows sum to 1; where nothing may be attended to they are 0.
+        """
+        scores = self._split(self.q_proj(x)) @ key.mT * key.shape[-1] ** -0.5
+        if causal:
+            mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        if mask is None:
+            return scores.softmax(-1)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+        return weights.masked_fill(~mask, 0)
 
 
 class CrossAttention(_Attention):
@@ -84,6 +113,7 @@ class CrossAttention(_Attention):
         *,
         key_lengths: Tensor | None = None,
         beams: int = 1,
+        head_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend to the memory; beams of a sentence are query rows over one memory.
 
@@ -97,6 +127,7 @@ class CrossAttention(_Attention):
             key_mask: (B, S) bool, true where the memory may be attended to, or ``None``.
             key_lengths: (B,) int32 or int64. Instead of a mask, how much of each memory is valid.
             beams: Rows per sentence.
+            head_mask: (H,). Factor of each head's output, or ``None``.
 
         Returns:
             (B * beams, L, d_model). A row whose memory has nothing valid is ``out_proj`` of 0.
@@ -120,4 +151,11 @@ class CrossAttention(_Attention):
             key_lengths=key_lengths,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out_proj(context.transpose(1, 2).reshape(rows, length, d_model))
+        return self._join(context, head_mask).reshape(rows, length, d_model)
+
+    def weights(self, x: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Return the attention weights (B, H, L, S) of rows x (B, L, d_model), before dropout.
+
+        Rows sum to 1; where the memory has nothing valid they are 0.
+        """
+        return cross_attention_weights(self._split(self.q_proj(x)), key, key_mask=key_mask)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from moe_mt.models.config import TransformerConfig
 from moe_mt.models.kv_cache import KVCache, LayerCache
-from moe_mt.models.layers import DecoderLayer
+from moe_mt.models.layers import DecoderLayer, DecoderMasks
 from moe_mt.moe import Routing
 
 __all__ = ["Decoder"]
@@ -47,9 +47,10 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if self.training and self.layerdrop > 0 and torch.rand(()).item() < self.layerdrop:
                 continue
-            x, routing = layer(x, memory, memory_mask, padding)
-            if routing is not None:
-                routings.append(routing)
+            output = layer(x, memory, memory_mask, padding)
+            x = output.x
+            if output.routing is not None:
+                routings.append(output.routing)
         return self.norm(x), tuple(routings)
 
     def new_cache(
@@ -66,19 +67,13 @@ class Decoder(nn.Module):
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """Decode new positions (B * beams, new, d_model) behind those in the cache."""
         new = x.shape[1]
-        mask = None
+        target = None
         if new > 1:
             stop = cache.length + new
-            mask = torch.ones(new, stop, dtype=torch.bool, device=x.device).tril(cache.length)
+            target = torch.ones(new, stop, dtype=torch.bool, device=x.device).tril(cache.length)
+        masks = DecoderMasks(target=target, memory=cache.memory_mask)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
-            x = layer.step(
-                x,
-                layer_cache,
-                length=cache.length,
-                beams=cache.beams,
-                mask=mask,
-                memory_mask=cache.memory_mask,
-            )
+            x = layer.step(x, layer_cache, masks, length=cache.length, beams=cache.beams).x
         cache.length += new
         return self.norm(x)

@@ -56,6 +56,16 @@ class SinusoidalPositions(nn.Module):
         positions = (real.cumsum(1) + past_length) * real + self.pad_id
         return self._grown(tokens.shape[1] + past_length + self.pad_id + 1)[positions]
 
+    def of_embeddings(self, length: int, past_length: int = 0) -> Tensor:
+        """Return (1, L, D): positions of embeddings, among which no padding can be told.
+
+        Args:
+            length: How many there are.
+            past_length: Tokens that stood before.
+        """
+        start = self.pad_id + 1 + past_length
+        return self._grown(start + length)[None, start : start + length]
+
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compute the table anew on ``device``, for a model that was built on the meta device."""
         table = sinusoid_table(self.table.shape[0], self.d_model, self.pad_id, device)

@@ -44,7 +44,8 @@ class Encoder(nn.Module):
         for layer in self.layers:
             if self.training and self.layerdrop > 0 and torch.rand(()).item() < self.layerdrop:
                 continue
-            x, routing = layer(x, attention_mask, padding)
-            if routing is not None:
-                routings.append(routing)
+            output = layer(x, attention_mask, padding)
+            x = output.x
+            if output.routing is not None:
+                routings.append(output.routing)
         return self.norm(x), tuple(routings)

@@ -10,7 +10,7 @@ import torch
 from moe_mt.models.config import TransformerConfig
 from moe_mt.models.transformer import Seq2SeqTransformer
 
-__all__ = ["Family", "Location"]
+__all__ = ["TIED_KEYS", "Family", "Location"]
 
 TIED_KEYS = (
     "shared.weight",

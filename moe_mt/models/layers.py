@@ -1,5 +1,8 @@
 """The two transformer layers, and what they share."""
 
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,14 +10,102 @@ from torch.nn import functional
 from moe_mt.models.attention import CrossAttention, SelfAttention
 from moe_mt.models.config import TransformerConfig
 from moe_mt.models.feed_forward import FeedForward
-from moe_mt.models.kv_cache import LayerCache
 from moe_mt.moe import Experts, MoELayer, Routing, Top2Router
 
-__all__ = ["DecoderLayer", "EncoderLayer"]
+__all__ = [
+    "DecoderLayer",
+    "DecoderMasks",
+    "EncoderLayer",
+    "HeadProbe",
+    "KeyValues",
+    "LayerOutput",
+    "moe_layer",
+    "top2_router",
+]
 
 FLOAT16_LIMIT = torch.finfo(torch.float16).max - 1000
 """Residuals are clamped below float16's largest value, so that one large token does not become
 infinite and spread. The bound is that of the published classes."""
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives."""
+
+    x: Tensor
+    """(B, L, d_model)."""
+
+    routing: Routing | None
+    """Of a sparse layer; ``None`` from a dense one."""
+
+    self_weights: Tensor | None = None
+    """(B, H, L, S) self-attention weights times the head mask, if a probe asked for weights."""
+
+    cross_weights: Tensor | None = None
+    """(B, H, L, S) the same of the attention to the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadProbe:
+    """What an analysis does to a layer's heads, and whether it wants to see their weights."""
+
+    self_mask: Tensor | None = None
+    """(H,) factor of each self-attention head's output."""
+
+    cross_mask: Tensor | None = None
+    """(H,) the same of the attention to the memory."""
+
+    weights: bool = False
+    """Whether attention weights are computed, beside the output and explicitly."""
+
+
+NO_PROBE = HeadProbe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderMasks:
+    """What new target positions may see."""
+
+    target: Tensor | None = None
+    """bool, broadcastable to (B, H, new, length + new), true where attention is allowed."""
+
+    causal: bool = False
+    """Whether a position sees only itself and what stands before it; then nothing stands in the
+    cache and there is no ``target`` mask."""
+
+    memory: Tensor | None = None
+    """(B, S) bool, true where the memory may be attended to."""
+
+    padding: Tensor | None = None
+    """(B, new) bool, true where a position is padding, which claims no expert."""
+
+
+class KeyValues(Protocol):
+    """The keys and values one decoder layer attends to."""
+
+    @property
+    def cross_key(self) -> Tensor | None:
+        """(B, H, S, d_head) of the memory; ``None`` for a decoder that has none."""
+        ...
+
+    @property
+    def cross_value(self) -> Tensor | None:
+        """(B, H, S, d_head)."""
+        ...
+
+    def append(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Take those of new positions behind ``length`` others; return all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Uncached:
+    """Keys and values of whole sequences, which nobody will continue."""
+
+    cross_key: Tensor
+    cross_value: Tensor
+
+    def append(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        return key, value
 
 
 class _Layer(nn.Module):
@@ -26,11 +117,13 @@ class _Layer(nn.Module):
         self.ffn_output_dropout = config.ffn_output_dropout
         self.self_attention = SelfAttention(config.d_model, heads, config.attention_dropout)
         self.self_attention_norm = nn.LayerNorm(config.d_model)
-        self.feed_forward = (_moe_layer if sparse else _dense_layer)(config, ffn_dim)
+        self.feed_forward = (moe_layer if sparse else _dense_layer)(config, ffn_dim)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
 
     def _residual(self, x: Tensor, update: Tensor, dropout: float) -> Tensor:
-        return x + functional.dropout(update, dropout, self.training)
+        if self.training:
+            update = functional.dropout(update, dropout)
+        return x + update
 
     def _apply_feed_forward(
         self, x: Tensor, padding: Tensor | None
@@ -54,20 +147,28 @@ class EncoderLayer(_Layer):
     """Self-attention in both directions, then a feed-forward network or experts."""
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, padding: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        probe: HeadProbe = NO_PROBE,
+    ) -> LayerOutput:
         """Apply the layer.
 
         Args:
             x: (B, S, d_model).
             mask: (B, 1, 1, S) bool, true where attention is allowed, or ``None``.
             padding: (B, S) bool, true where a token is padding, or ``None``.
-
-        Returns:
-            (B, S, d_model) and the routing, ``None`` from a dense layer.
+            probe: What to do with the heads.
         """
-        update = self.self_attention(self.self_attention_norm(x), mask)
-        return self._apply_feed_forward(self._residual(x, update, self.dropout), padding)
+        normed = self.self_attention_norm(x)
+        key, value = self.self_attention.project_key_value(normed)
+        update = self.self_attention(normed, key, value, mask, head_mask=probe.self_mask)
+        x, routing = self._apply_feed_forward(self._residual(x, update, self.dropout), padding)
+        if not probe.weights:
+            return LayerOutput(x, routing)
+        weights = self.self_attention.weights(normed, key, mask)
+        return LayerOutput(x, routing, _masked(weights, probe.self_mask))
 
 
 class DecoderLayer(_Layer):
@@ -81,7 +182,7 @@ class DecoderLayer(_Layer):
 
     def forward(
         self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, padding: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> LayerOutput:
         """Apply the layer to whole target sequences.
 
         Args:
@@ -90,43 +191,69 @@ class DecoderLayer(_Layer):
             memory_mask: (B, S) bool, true where the memory may be attended to, or ``None``.
             padding: (B, L) bool, true where a target token is padding, or ``None``.
         """
-        update = self.self_attention(self.self_attention_norm(x), causal=True)
-        x = self._residual(x, update, self.dropout)
-        key, value = self.cross_attention.project_key_value(memory)
-        update = self.cross_attention(self.cross_attention_norm(x), key, value, memory_mask)
-        return self._apply_feed_forward(self._residual(x, update, self.dropout), padding)
+        cache = _Uncached(*self.cross_attention.project_key_value(memory))
+        masks = DecoderMasks(causal=True, memory=memory_mask, padding=padding)
+        return self.step(x, cache, masks)
 
     def step(
         self,
         x: Tensor,
-        cache: LayerCache,
+        cache: KeyValues,
+        masks: DecoderMasks,
+        probe: HeadProbe = NO_PROBE,
         *,
-        length: int,
-        beams: int,
-        mask: Tensor | None,
-        memory_mask: Tensor | None,
-    ) -> Tensor:
+        length: int = 0,
+        beams: int = 1,
+    ) -> LayerOutput:
         """Apply the layer to new positions, reading and extending its cache.
 
         Args:
             x: (B * beams, new, d_model).
-            cache: Keys and values of ``length`` earlier positions and of the memory.
+            cache: Keys and values of ``length`` earlier positions and of the memory. Without a
+                memory, the layer has no attention to one.
+            masks: What the new positions may see.
+            probe: What to do with the heads.
             length: Positions stored so far.
             beams: Rows per sentence.
-            mask: (new, length + new) bool, true where attention is allowed; ``None`` for all.
-            memory_mask: (B, S) bool or ``None``.
         """
         normed = self.self_attention_norm(x)
         key, value = cache.append(*self.self_attention.project_key_value(normed), length)
-        x = x + self.self_attention.step(normed, key, value, mask)
-        x = x + self.cross_attention(
-            self.cross_attention_norm(x),
-            cache.cross_key,
-            cache.cross_value,
-            memory_mask,
-            beams=beams,
+        update = self.self_attention(
+            normed, key, value, masks.target, causal=masks.causal, head_mask=probe.self_mask
         )
-        return self._apply_feed_forward(x, None)[0]
+        self_weights = cross_weights = None
+        if probe.weights:
+            self_weights = self.self_attention.weights(
+                normed, key, masks.target, causal=masks.causal
+            )
+        x = self._residual(x, update, self.dropout)
+        if cache.cross_key is not None:
+            normed = self.cross_attention_norm(x)
+            update = self.cross_attention(
+                normed,
+                cache.cross_key,
+                cache.cross_value,
+                masks.memory,
+                beams=beams,
+                head_mask=probe.cross_mask,
+            )
+            if probe.weights:
+                cross_weights = self.cross_attention.weights(normed, cache.cross_key, masks.memory)
+            x = self._residual(x, update, self.dropout)
+        x, routing = self._apply_feed_forward(x, masks.padding)
+        return LayerOutput(
+            x,
+            routing,
+            _masked(self_weights, probe.self_mask),
+            _masked(cross_weights, probe.cross_mask),
+        )
+
+
+def _masked(weights: Tensor | None, head_mask: Tensor | None) -> Tensor | None:
+    """Return attention weights (B, H, L, S) times the factor of each head."""
+    if weights is None or head_mask is None:
+        return weights
+    return weights * head_mask.to(weights.dtype)[:, None, None]
 
 
 def _dense_layer(config: TransformerConfig, ffn_dim: int) -> FeedForward:
@@ -138,10 +265,11 @@ def _dense_layer(config: TransformerConfig, ffn_dim: int) -> FeedForward:
     )
 
 
-def _moe_layer(config: TransformerConfig, ffn_dim: int) -> MoELayer:
+def top2_router(config: TransformerConfig) -> Top2Router:
+    """Return an uninitialised router of a configuration with experts."""
     moe = config.moe
     assert moe is not None
-    router = Top2Router(
+    return Top2Router(
         config.d_model,
         moe.num_experts,
         bias=moe.router_bias,
@@ -153,6 +281,12 @@ def _moe_layer(config: TransformerConfig, ffn_dim: int) -> MoELayer:
         eval_capacity_fraction=moe.eval_capacity_fraction,
         train_capacity=moe.train_capacity,
     )
+
+
+def moe_layer(config: TransformerConfig, ffn_dim: int) -> MoELayer:
+    """Return an uninitialised sparse layer of a configuration with experts."""
+    moe = config.moe
+    assert moe is not None
     experts = Experts(
         moe.num_experts,
         config.d_model,
@@ -160,4 +294,4 @@ def _moe_layer(config: TransformerConfig, ffn_dim: int) -> MoELayer:
         activation=config.activation,
         activation_dropout=config.activation_dropout,
     )
-    return MoELayer(router, experts, token_dropout=moe.token_dropout)
+    return MoELayer(top2_router(config), experts, token_dropout=moe.token_dropout)

@@ -77,10 +77,22 @@ class Top2Router(nn.Module):
     def _route(self, x: Tensor, padding: Tensor | None) -> Routing:
         bias = self.classifier.bias if self.has_bias else None
         logits = router_logits(x, self.classifier.weight, bias, dtype=self.router_dtype)
+        return self.choose(logits, padding, self.noise(logits))
+
+    def choose(
+        self, logits: Tensor, padding: Tensor | None = None, noise: Tensor | None = None
+    ) -> Routing:
+        """Route tokens by their router logits.
+
+        Args:
+            logits: (T, E).
+            padding: (T,) bool, true for tokens that claim no expert, or ``None``.
+            noise: What ``noise`` returned for these logits.
+        """
         expert_ids, gates = route(
             logits,
             capacity=expert_capacity(
-                x.shape[0],
+                logits.shape[0],
                 self.num_experts,
                 training=self.training,
                 eval_fraction=self.eval_capacity_fraction,
@@ -90,11 +102,12 @@ class Top2Router(nn.Module):
             policy=self.policy,
             normalize_before_dropping=self.normalize_before_dropping,
             batch_prioritized=self.batch_prioritized,
-            noise=self._noise(logits),
+            noise=noise,
         )
         return Routing(expert_ids=expert_ids, gates=gates, router_logits=logits, padding=padding)
 
-    def _noise(self, logits: Tensor) -> Tensor | None:
+    def noise(self, logits: Tensor) -> Tensor | None:
+        """Draw what the policy adds to logits (T, E), or compares second choices with (T,)."""
         if self.policy == "sampling":
             # As torch.distributions draws Gumbel(0, 1), number for number, but on the device of
             # the logits and without a look at values, which would wait for it.
