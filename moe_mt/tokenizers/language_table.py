@@ -15,7 +15,14 @@ from moe_mt.tokenizers.languages import (
     WMT21_CODES,
 )
 
-__all__ = ["NLLB_TABLE", "TABLES", "LanguageTable", "list_languages", "sentence_rules_code"]
+__all__ = [
+    "NLLB_TABLE",
+    "TABLES",
+    "LanguageTable",
+    "list_languages",
+    "resolve_language",
+    "sentence_rules_code",
+]
 
 _TAG = re.compile(r"([a-z]{2,3})(?:_([a-z]{4}))?(?:_([a-z]{2}|[0-9]{3}))?")
 _SUBTAGS = {code: tag[:3] for code, (tag, _) in M2M100_LANGUAGES.items()} | LANGUAGE_SUBTAGS
@@ -132,11 +139,25 @@ def list_languages(family: str = "nllb") -> list[tuple[str, str]]:
     Raises:
         InputError: If there is no such family.
     """
-    if family not in TABLES:
-        known = ", ".join(TABLES)
-        raise InputError(f"No list of languages is called {family!r}: choose one of {known}.")
-    table = TABLES[family]
+    table = _table(family)
     return [(code, table.name(code)) for code in table.codes]
+
+
+def resolve_language(name: str, family: str = "nllb") -> str:
+    """Return the code that a code, tag or English name of a language stands for.
+
+    Args:
+        name: What the user calls the language; see ``LanguageTable.resolve``.
+        family: As for ``list_languages``.
+
+    Returns:
+        The code, as the family spells it.
+
+    Raises:
+        InputError: If there is no such family.
+        UnsupportedLanguageError: If no language or more than one answers to the name.
+    """
+    return _table(family).resolve(name)
 
 
 def sentence_rules_code(code: str) -> str:
@@ -151,6 +172,13 @@ def sentence_rules_code(code: str) -> str:
     tag, _ = M2M100_LANGUAGES.get(code, (code, code))
     language = tag.partition("_")[0]
     return _SHORT_CODES.get(language, language)
+
+
+def _table(family: str) -> LanguageTable:
+    if family not in TABLES:
+        known = ", ".join(TABLES)
+        raise InputError(f"No list of languages is called {family!r}: choose one of {known}.")
+    return TABLES[family]
 
 
 def _fold_code(code: str) -> str:

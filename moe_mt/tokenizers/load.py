@@ -13,7 +13,7 @@ from moe_mt.tokenizers.nllb import NllbTokenizer
 from moe_mt.tokenizers.sentencepiece import SentencePieceModel
 from moe_mt.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["load_tokenizer", "read_word_ids"]
+__all__ = ["load_tokenizer", "published_language_codes", "read_word_ids", "tokenizer_kind"]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,10 +36,8 @@ _WMT21_WORDS = 128_001
 def load_tokenizer(folder: Path, model_type: str | None = None) -> Tokenizer:
     """Make the tokenizer of a checkpoint in the published layout.
 
-    The family is that of ``tokenizer_class`` in tokenizer_config.json or, where that says nothing,
-    of the model type: ``nllb-moe`` is NLLB and ``m2m_100`` is M2M100. SMaLL-100, whose repository
-    calls its tokenizer M2M100Tokenizer, is also known by the tokenizer code it ships and by the
-    shape of its model; WMT21 by its list of languages and the size of its vocabulary.
+    See ``tokenizer_kind`` for which it is. WMT21 is known by its list of languages and the size
+    of its vocabulary.
 
     Args:
         folder: The checkpoint's folder.
@@ -54,8 +52,7 @@ def load_tokenizer(folder: Path, model_type: str | None = None) -> Tokenizer:
     """
     folder = Path(folder)
     settings = _read_object(folder / "tokenizer_config.json")
-    config = _read_object(folder / "config.json")
-    kind = _kind(folder, settings, config, model_type)
+    kind = tokenizer_kind(folder, model_type)
     _logger.info("The tokenizer in %s is read as %s", folder, kind)
     if kind == "nllb":
         pieces = SentencePieceModel.load(_require(folder, _SENTENCEPIECE_FILE))
@@ -64,12 +61,72 @@ def load_tokenizer(folder: Path, model_type: str | None = None) -> Tokenizer:
     else:
         word_ids = read_word_ids(_require(folder, _VOCABULARY_FILE))
         pieces = SentencePieceModel.load(_require(folder, _SENTENCEPIECE_FILE))
-        language_codes = _language_codes(folder, settings, config, len(word_ids))
+        language_codes = published_language_codes(folder, len(word_ids))
         tokenizer_class = Small100Tokenizer if kind == "small100" else M2M100Tokenizer
         tokenizer = tokenizer_class(pieces, word_ids, language_codes)
-    _check_rows(folder, tokenizer, config)
+    _check_rows(folder, tokenizer)
     _check_language_ids(folder, tokenizer, settings)
     return tokenizer
+
+
+def tokenizer_kind(folder: Path, model_type: str | None = None) -> str:
+    """Return which tokenizer a checkpoint in the published layout needs.
+
+    The family is that of ``tokenizer_class`` in tokenizer_config.json or, where that says nothing,
+    of the model type: ``nllb-moe`` is NLLB and ``m2m_100`` is M2M100. SMaLL-100, whose repository
+    calls its tokenizer M2M100Tokenizer, is also known by the tokenizer code it ships and by the
+    shape of its model.
+
+    Args:
+        folder: The checkpoint's folder.
+        model_type: The model's type, if already known; default is what config.json says.
+
+    Returns:
+        ``"nllb"``, ``"m2m100"`` (also WMT21's) or ``"small100"``.
+
+    Raises:
+        CheckpointError: If the family cannot be told.
+    """
+    config = _read_object(folder / "config.json")
+    named = _read_object(folder / "tokenizer_config.json").get("tokenizer_class")
+    model_type = model_type or config.get("model_type")
+    kind = _KIND_OF_CLASS.get(str(named)) or _KIND_OF_MODEL_TYPE.get(str(model_type))
+    if kind is None:
+        raise CheckpointError(
+            f"Cannot tell which tokenizer {folder} needs: tokenizer_config.json has the "
+            f"tokenizer_class {named!r} and the model type is {model_type!r}. Known classes are "
+            f"{', '.join(_KIND_OF_CLASS)}, known types {', '.join(_KIND_OF_MODEL_TYPE)}; fetch "
+            "tokenizer_config.json and config.json from the model's repository."
+        )
+    has_small100_shape = all(config.get(key) == size for key, size in _SMALL100_SHAPE.items())
+    if kind == "m2m100" and (has_small100_shape or (folder / _SMALL100_CODE_FILE).exists()):
+        return "small100"
+    return kind
+
+
+def published_language_codes(folder: Path, words: int) -> str:
+    """Return the name of the list of languages of an M2M100 checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        words: How many entries its vocab.json has.
+
+    Returns:
+        What ``language_codes`` in tokenizer_config.json says; where that says nothing, ``"wmt21"``
+        if the list of special tokens or a size is WMT21's, else ``"m2m100"``.
+    """
+    settings = _read_object(folder / "tokenizer_config.json")
+    named = settings.get("language_codes")
+    if named is not None:
+        return named
+    key = "additional_special_tokens"
+    listed = settings.get(key) or _read_object(folder / "special_tokens_map.json").get(key)
+    declared = {_content(token) for token in listed or ()}
+    rows = _read_object(folder / "config.json").get("vocab_size")
+    # WMT21's languages are the last rows of its model; M2M100's are followed by eight others.
+    ends_with_eight = isinstance(rows, int) and rows - words == len(_WMT21_TOKENS)
+    is_wmt21 = declared == _WMT21_TOKENS or ends_with_eight or words == _WMT21_WORDS
+    return "wmt21" if is_wmt21 else "m2m100"
 
 
 def read_word_ids(path: Path) -> dict[str, int]:
@@ -94,45 +151,9 @@ def read_word_ids(path: Path) -> dict[str, int]:
     return word_ids
 
 
-def _kind(
-    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], model_type: str | None
-) -> str:
-    named = settings.get("tokenizer_class")
-    model_type = model_type or config.get("model_type")
-    kind = _KIND_OF_CLASS.get(str(named)) or _KIND_OF_MODEL_TYPE.get(str(model_type))
-    if kind is None:
-        raise CheckpointError(
-            f"Cannot tell which tokenizer {folder} needs: tokenizer_config.json has the "
-            f"tokenizer_class {named!r} and the model type is {model_type!r}. Known classes are "
-            f"{', '.join(_KIND_OF_CLASS)}, known types {', '.join(_KIND_OF_MODEL_TYPE)}; fetch "
-            "tokenizer_config.json and config.json from the model's repository."
-        )
-    has_small100_shape = all(config.get(key) == size for key, size in _SMALL100_SHAPE.items())
-    if kind == "m2m100" and (has_small100_shape or (folder / _SMALL100_CODE_FILE).exists()):
-        return "small100"
-    return kind
-
-
-def _language_codes(
-    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], words: int
-) -> str:
-    """Return the name of the list of languages, WMT21's eight or M2M100's hundred."""
-    named = settings.get("language_codes")
-    if named is not None:
-        return named
-    key = "additional_special_tokens"
-    listed = settings.get(key) or _read_object(folder / "special_tokens_map.json").get(key)
-    declared = {_content(token) for token in listed or ()}
-    rows = config.get("vocab_size")
-    # WMT21's languages are the last rows of its model; M2M100's are followed by eight others.
-    ends_with_eight = isinstance(rows, int) and rows - words == len(_WMT21_TOKENS)
-    is_wmt21 = declared == _WMT21_TOKENS or ends_with_eight or words == _WMT21_WORDS
-    return "wmt21" if is_wmt21 else "m2m100"
-
-
-def _check_rows(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+def _check_rows(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise if the tokenizer gives ids that the model has no embedding for."""
-    rows = config.get("vocab_size")
+    rows = _read_object(folder / "config.json").get("vocab_size")
     if isinstance(rows, int) and rows < tokenizer.vocab_size:
         raise CheckpointError(
             f"The tokenizer files in {folder} need {tokenizer.vocab_size:,} embedding rows and "

@@ -1,6 +1,6 @@
 """M2M100, WMT21 and SMaLL-100: ids from ``vocab.json``, languages as ``__en__``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from moe_mt.errors import CheckpointError
 from moe_mt.tokenizers.language_table import TABLES
@@ -71,12 +71,12 @@ class M2M100Vocabulary:
         """Return the ordinary piece with an id, if there is one."""
         return self._words.get(token_id)
 
-    def join(self, tokens: Sequence[str]) -> str:
+    def join(self, tokens: Sequence[str], special: Collection[str]) -> str:
         """Join tokens: special tokens as they stand, the pieces between them by sentencepiece."""
         texts: list[str] = []
         run: list[str] = []
         for token in tokens:
-            if token in self.special_ids:
+            if token in special:
                 texts += [self._pieces.decode(run), token]
                 run = []
             else:

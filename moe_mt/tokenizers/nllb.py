@@ -1,6 +1,6 @@
 """NLLB-200 and NLLB-MoE: ids from the sentencepiece file, languages as ``eng_Latn``."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from moe_mt.errors import CheckpointError
@@ -102,7 +102,7 @@ class NllbVocabulary:
         piece_id = self._layout.piece_of_id(token_id)
         return None if piece_id is None else self._pieces.piece(piece_id)
 
-    def join(self, tokens: Sequence[str]) -> str:
+    def join(self, tokens: Sequence[str], special: Collection[str]) -> str:
         """Join tokens: "▁" is a space, and none is kept at the ends."""
         return "".join(tokens).replace("▁", " ").strip()
 

@@ -1,10 +1,18 @@
 """What the tokenizers of both families share; the families bring their numbering and format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from moe_mt.tokenizers.language_table import LanguageTable
-from moe_mt.tokenizers.special_tokens import BOS, EOS, PAD, UNK, SpecialTokens
+from moe_mt.tokenizers.special_tokens import (
+    BOS,
+    EOS,
+    MASK,
+    PAD,
+    UNK,
+    AddedToken,
+    AddedTokens,
+)
 
 __all__ = ["PieceTokenizer", "Vocabulary"]
 
@@ -43,8 +51,8 @@ class Vocabulary(Protocol):
         """Return the ordinary piece with an id, if there is one."""
         ...
 
-    def join(self, tokens: Sequence[str]) -> str:
-        """Join pieces and special tokens, languages excepted, into text."""
+    def join(self, tokens: Sequence[str], special: Collection[str]) -> str:
+        """Join tokens into text; those that are special stand as they are."""
         ...
 
 
@@ -59,7 +67,13 @@ class PieceTokenizer:
             vocabulary.language_token(code): language_id
             for code, language_id in vocabulary.language_ids.items()
         }
-        self._special = SpecialTokens({**vocabulary.special_ids, **tokens}, tokens)
+        self._special = AddedTokens(
+            {
+                token_id: AddedToken(content, lstrip=content == MASK, special=True)
+                for content, token_id in {**vocabulary.special_ids, **tokens}.items()
+            },
+            spaced=tokens,
+        )
         self.languages: tuple[str, ...] = table.codes
         self.special_tokens: Mapping[str, int] = self._special.ids
         self.bos_id = self.special_tokens[BOS]
@@ -114,7 +128,7 @@ class PieceTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; an id that means nothing counts as ``<unk>``."""
         tokens = [self.token(token_id) for token_id in token_ids]
-        return self._special.join(tokens, skip_special_tokens, self._vocabulary.join)
+        return self._special.join(tokens, skip_special_tokens, self._join_run)
 
     def token(self, token_id: int) -> str:
         """Return the token with an id; ``<unk>`` if the id means nothing."""
@@ -127,6 +141,9 @@ class PieceTokenizer:
 
     def _sentence(self, language: str, ids: list[int]) -> list[int]:
         return [self.language_id(language), *ids, self.eos_id]
+
+    def _join_run(self, tokens: Sequence[str]) -> str:
+        return self._vocabulary.join(tokens, self._vocabulary.special_ids)
 
     def _piece_id(self, piece: str) -> int:
         # Sentencepiece gives a run of unknown characters as it stands, so that a piece can look

@@ -1,11 +1,12 @@
 """The sentencepiece model: text to pieces and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from moe_mt.errors import CheckpointError, InputError
+from moe_mt.errors import CheckpointError, ConfigError, InputError
 
 __all__ = ["SentencePieceModel"]
 
@@ -17,17 +18,33 @@ class SentencePieceModel:
     drop control characters and collapse runs of spaces, and decoding restores none of it.
     """
 
-    def __init__(self, serialized: bytes, origin: str = "<bytes>") -> None:
+    def __init__(
+        self,
+        serialized: bytes,
+        origin: str = "<bytes>",
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
         """Read a model.
 
         Args:
             serialized: The content of a sentencepiece model file.
             origin: Where it comes from, for messages.
+            sampling: Settings of the library that make ``encode`` draw among the ways to cut a
+                text, as training wants it: ``enable_sampling``, ``alpha``, ``nbest_size``.
 
         Raises:
             CheckpointError: If the bytes are no sentencepiece model.
+            ConfigError: If the library knows no such setting.
         """
-        self._processor = SentencePieceProcessor()
+        self._origin = origin
+        self._sampling = dict(sampling or {})
+        try:
+            self._processor = SentencePieceProcessor(**self._sampling)
+        except TypeError as error:
+            raise ConfigError(
+                f"sentencepiece has no such settings as {self._sampling} ({error}); those for "
+                "subword sampling are enable_sampling, alpha and nbest_size."
+            ) from error
         try:
             self._processor.LoadFromSerializedProto(serialized)
         except RuntimeError as error:
@@ -37,26 +54,40 @@ class SentencePieceModel:
             ) from error
 
     @classmethod
-    def load(cls, path: Path) -> "SentencePieceModel":
+    def load(cls, path: Path, sampling: Mapping[str, Any] | None = None) -> "SentencePieceModel":
         """Read a model file.
 
         Args:
             path: The file.
+            sampling: See the constructor.
 
         Returns:
             The model.
 
         Raises:
             CheckpointError: If the file cannot be read or is no sentencepiece model.
+            ConfigError: If the library knows no such setting.
         """
         try:
             serialized = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"Cannot read the sentencepiece model {path}: {error}") from error
-        return cls(serialized, str(path))
+        return cls(serialized, str(path), sampling)
+
+    # The library's own pickling forgets the settings.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceModel, (self.serialized, self._origin, self._sampling)
+
+    def __deepcopy__(self, memo: object) -> "SentencePieceModel":
+        return self  # nothing about it ever changes
 
     def __len__(self) -> int:
         return len(self._processor)
+
+    @property
+    def serialized(self) -> bytes:
+        """The content of a model file."""
+        return self._processor.serialized_model_proto()
 
     @property
     def reserved_ids(self) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_mt.errors import InputError, UnsupportedLanguageError
-from moe_mt.tokenizers import list_languages, sentence_rules_code
+from moe_mt.tokenizers import list_languages, resolve_language, sentence_rules_code
 from moe_mt.tokenizers.language_table import TABLES
 from moe_mt.tokenizers.languages import (
     LANGUAGE_NAME_ALIASES,
@@ -32,6 +32,15 @@ def test_every_list_is_complete_and_in_id_order():
     m2m100_ids = {"af": 0, "ar": 2, "en": 18, "fr": 24, "mr": 59, "ro": 72, "zu": 99}
     assert {code: lists["m2m100"].index(code) for code in m2m100_ids} == m2m100_ids
     assert lists["wmt21"] == ["en", "ha", "is", "ja", "cs", "ru", "zh", "de"]
+
+
+def test_resolve_language_is_the_table_s_answer_by_the_family_s_name():
+    assert resolve_language("sat_Olck") == "sat_Beng"
+    assert resolve_language("fra_Latn", "m2m100") == "fr"
+    with pytest.raises(UnsupportedLanguageError, match="WMT21"):
+        resolve_language("French", "wmt21")
+    with pytest.raises(InputError, match="opus"):
+        resolve_language("French", "opus")
 
 
 def test_list_languages_refuses_a_family_it_does_not_know():
