@@ -4,8 +4,43 @@ Strings, languages and files belong elsewhere. Results are those of transformers
 logits; ``tests/generation/test_generate.py`` holds them to it.
 """
 
+from moe_mt.generation.beam import BeamSearch, candidates_per_beam, take_best_several
 from moe_mt.generation.config import GenerationConfig
-from moe_mt.generation.generate import generate
+from moe_mt.generation.generate import FIRST_CACHE_STEPS, generate
+from moe_mt.generation.greedy import GreedySearch, take_best
 from moe_mt.generation.hypotheses import Hypothesis, is_repetition_loop
+from moe_mt.generation.rules import (
+    ForcedTokens,
+    LogitsProcessor,
+    Rule,
+    RuleContext,
+    logits_rules,
+)
+from moe_mt.generation.sampling import draw_several_together, draw_together
+from moe_mt.generation.search import CachedDecoder, Strategy, search
+from moe_mt.generation.stopping import Criterion, Stopping
 
-__all__ = ["GenerationConfig", "Hypothesis", "generate", "is_repetition_loop"]
+__all__ = [
+    "FIRST_CACHE_STEPS",
+    "BeamSearch",
+    "CachedDecoder",
+    "Criterion",
+    "ForcedTokens",
+    "GenerationConfig",
+    "GreedySearch",
+    "Hypothesis",
+    "LogitsProcessor",
+    "Rule",
+    "RuleContext",
+    "Stopping",
+    "Strategy",
+    "candidates_per_beam",
+    "draw_several_together",
+    "draw_together",
+    "generate",
+    "is_repetition_loop",
+    "logits_rules",
+    "search",
+    "take_best",
+    "take_best_several",
+]

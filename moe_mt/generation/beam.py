@@ -1,63 +1,75 @@
 """Beam search, and beam sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_mt.generation.config import GenerationConfig
 from moe_mt.generation.hypotheses import NEVER, FinishedBeams
-from moe_mt.generation.logits import LogitsProcessor
-from moe_mt.generation.sampling import draw_several
-from moe_mt.models import TransformerConfig
+from moe_mt.generation.rules import Rule
+from moe_mt.generation.stopping import Stopping
 
-__all__ = ["CANDIDATES_PER_BEAM", "BeamSearch"]
+__all__ = ["BeamSearch", "candidates_per_beam", "take_best_several"]
 
-CANDIDATES_PER_BEAM = 2
-"""Twice as many candidates as beams: should all beams end at once, as many are left to go on."""
+
+def candidates_per_beam(end_marks: int) -> int:
+    """Should all beams end at once, with any of the end marks, as many are left to go on."""
+    return 1 + max(1, end_marks)
+
+
+def take_best_several(count: int, totals: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` best scores (B, count) and where they stand in ``totals`` (B, N)."""
+    return totals.topk(count)
 
 
 class BeamSearch:
     """Keep the ``num_beams`` best open hypotheses of every sentence, and the best ended ones.
 
     Agrees with ``_beam_search`` of transformers 4.57 on the same logits, where all sentences have
-    one limit; here each has its own, so that no sentence's result depends on another.
+    one limit; here each can have its own, so that no sentence's result depends on another.
     """
 
     def __init__(
         self,
-        config: GenerationConfig,
-        model_config: TransformerConfig,
-        processor: LogitsProcessor,
-        limits: Sequence[int],
-        uniforms: Tensor | None,
-        device: torch.device,
+        prompts: Tensor,
+        processor: Rule,
+        stopping: Stopping,
+        choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        *,
+        length_penalty: float,
+        early_stopping: bool | Literal["never"],
     ) -> None:
-        """Start every beam with the decoder's start token; only the first beam counts at first.
+        """Start every beam with its prompt; only the first beam of a sentence counts at first.
 
         Args:
-            config: Beams, length penalty and when to stop.
-            model_config: For the special tokens.
+            prompts: (B, num_beams, P) int64, the decoder's start token and what may follow it.
             processor: The rules, prepared for ``B * num_beams`` rows.
-            limits: Most tokens of each sentence.
-            uniforms: (B, steps, 2 * num_beams) float64 for beam sampling, or ``None``.
-            device: Where the model runs.
+            stopping: When a hypothesis ends; one limit per sentence.
+            choose: ``(totals (B, num_beams * V), step) -> (totals, indices)``, each (B, K): the
+                candidates of a step.
+            length_penalty: Exponent of the length that scores are divided by.
+            early_stopping: When to leave a sentence, as in ``GenerationConfig``.
         """
-        self.config = config
-        self.eos_id = model_config.eos_id
         self.processor = processor
-        self.uniforms = uniforms
-        shape = (len(limits), config.num_beams)
-        start = model_config.decoder_start_id
-        self.histories = torch.full((*shape, 1), start, dtype=torch.int64, device=device)
-        self.scores = torch.full(shape, NEVER, device=device)
+        self.stopping = stopping
+        self.choose = choose
+        self.length_penalty = length_penalty
+        self.early_stopping = early_stopping
+        sentences, self.num_beams, self.prompt_length = prompts.shape
+        device = prompts.device
+        self.histories = prompts
+        self.scores = torch.full((sentences, self.num_beams), NEVER, device=device)
         self.scores[:, 0] = 0
-        self.finished = FinishedBeams(shape, capacity=max(limits), device=device)
-        self.limits = torch.tensor(limits, device=device)
-        penalties = [limit**config.length_penalty for limit in limits]
+        self.finished = FinishedBeams(
+            (sentences, self.num_beams), capacity=max(stopping.limits), device=device
+        )
+        penalties = [limit**length_penalty for limit in stopping.limits]
         self.limit_penalties = torch.tensor(penalties, device=device)
-        self.can_improve = torch.ones(len(limits), dtype=torch.bool, device=device)
+        self.can_improve = torch.ones(sentences, dtype=torch.bool, device=device)
         self.done = torch.zeros_like(self.can_improve)
+        self.first_rows = torch.arange(sentences, device=device)[:, None] * self.num_beams
+        self.continued: list[Tensor] = []
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Take the logits of the next token and choose how the beams go on.
@@ -68,65 +80,80 @@ class BeamSearch:
         Returns:
             The tokens (B * num_beams,) to read next, and the rows (B * num_beams,) they continue.
         """
-        step = self.histories.shape[2] - 1
+        step = len(self.continued)
         totals, parents, tokens = self._candidates(logits, step)
         histories = self.histories.take_along_dim(parents[:, :, None], 1)
         histories = torch.cat([histories, tokens[:, :, None]], dim=2)
-        at_limit = step + 1 >= self.limits
-        ends = (tokens == self.eos_id) | at_limit[:, None]
+        at_limit = self.stopping.at_limit(step + 1)
+        ends = self.stopping.ends(histories) | at_limit[:, None]
 
         totals_open = totals + ends.float() * NEVER
-        kept = totals_open.topk(self.config.num_beams).indices
+        kept = totals_open.topk(self.num_beams).indices
         self.scores = totals_open.gather(1, kept)
         self.histories = histories.take_along_dim(kept[:, :, None], 1)
-        self._finish(histories[:, :, 1:], totals, ends)
-        self._judge(step + 1, at_limit)
+        rows = parents + self.first_rows
+        self._finish(histories[:, :, self.prompt_length :], totals, ends, rows)
+        self._judge(step + 1, at_limit, ends)
 
-        first_rows = torch.arange(len(totals), device=totals.device) * self.config.num_beams
-        rows = parents.gather(1, kept) + first_rows[:, None]
-        return tokens.gather(1, kept).flatten(), rows.flatten()
+        continued = rows.gather(1, kept).flatten()
+        self.continued.append(continued)
+        return tokens.gather(1, kept).flatten(), continued
 
     def _candidates(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return accumulated scores, parent beams and tokens of the candidates, each (B, K)."""
         vocab_size = logits.shape[-1]
-        log_probs = self.processor(logits.float().log_softmax(-1), self.histories.flatten(0, 1))
+        log_probs = self.processor(self.histories.flatten(0, 1), logits.float().log_softmax(-1))
         totals = log_probs.view(*self.scores.shape, vocab_size) + self.scores[:, :, None]
-        totals = totals.flatten(1)
-        if self.uniforms is None:
-            totals, picks = totals.topk(CANDIDATES_PER_BEAM * self.config.num_beams)
-        else:
-            totals, picks = draw_several(totals, self.uniforms[:, step])
+        totals, picks = self.choose(totals.flatten(1), step)
         return totals, picks // vocab_size, picks % vocab_size
 
-    def _finish(self, tokens: Tensor, totals: Tensor, ends: Tensor) -> None:
+    def _finish(self, tokens: Tensor, totals: Tensor, ends: Tensor, rows: Tensor) -> None:
         """Let candidates (B, K, length) that ended compete for the slots of ended hypotheses.
 
         Only those that rank among the first ``num_beams``: the rest are there to go on.
         """
         ends = ends.clone()
-        ends[:, self.config.num_beams :] = False
-        scores = totals / tokens.shape[-1] ** self.config.length_penalty
+        ends[:, self.num_beams :] = False
+        scores = totals / tokens.shape[-1] ** self.length_penalty
         shut = ~self.can_improve
-        if self.config.early_stopping is True:
+        if self.early_stopping is True:
             shut = shut | self.finished.full()
-        self.finished.merge(tokens, scores + (shut[:, None] | ~ends).float() * NEVER, ends)
+        self.finished.merge(tokens, scores + (shut[:, None] | ~ends).float() * NEVER, ends, rows)
 
-    def _judge(self, length: int, at_limit: Tensor) -> None:
+    def _judge(self, length: int, at_limit: Tensor, ends: Tensor) -> None:
         """Decide which sentences are done after ``length`` tokens."""
-        penalty = length**self.config.length_penalty
-        if self.config.early_stopping == "never" and self.config.length_penalty > 0:
+        penalty = length**self.length_penalty
+        if self.early_stopping == "never" and self.length_penalty > 0:
             penalty = self.limit_penalties
         hope = self.scores[:, 0] / penalty
         hopeful = hope > self.finished.worst_scores()
         self.can_improve = self.can_improve & hopeful & ~at_limit
         self.done = ~self.can_improve
-        if self.config.early_stopping is True:
+        if self.early_stopping is True:
             self.done = self.done | self.finished.full()
+        if self.stopping.criteria:
+            self.done = self.done | ends.all()
 
     def all_done(self) -> bool:
         """Whether every sentence is done; waits for the device."""
         return bool(self.done.all())
 
-    def results(self) -> list[list[tuple[list[int], float]]]:
-        """Return tokens and score of every sentence's hypotheses, best first."""
-        return self.finished.best(self.config.num_return_sequences)
+    def results(self, count: int) -> list[list[tuple[list[int], float]]]:
+        """Return tokens and score of every sentence's ``count`` hypotheses, best first."""
+        return self.finished.best(count)
+
+    def paths(self) -> Tensor:
+        """Return (B, num_beams, steps) int64: the row in which each token was chosen.
+
+        Of the ended hypotheses, best first; -1 behind their last token.
+        """
+        rows, lengths = self.finished.parents, self.finished.lengths
+        columns: list[Tensor] = []
+        for step in reversed(range(len(self.continued))):
+            reached = step < lengths
+            if step + 1 < len(self.continued):
+                # What ends later was, a step before, the row that its row continues.
+                later = step + 1 < lengths
+                rows = torch.where(later, self.continued[step][rows], rows)
+            columns.append(rows.masked_fill(~reached, -1))
+        return torch.stack(columns[::-1], dim=-1)

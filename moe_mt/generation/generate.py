@@ -1,41 +1,29 @@
-"""Encode once, then loop: one decoder step, one choice."""
+"""Encode once, decode, and say what came out for every source, each with its own limit and seed."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_mt.errors import InputError
-from moe_mt.generation.beam import CANDIDATES_PER_BEAM, BeamSearch
+from moe_mt.generation.beam import BeamSearch, candidates_per_beam, take_best_several
 from moe_mt.generation.config import GenerationConfig
 from moe_mt.generation.greedy import GreedySearch, take_best
 from moe_mt.generation.hypotheses import Hypothesis, hypothesis_from_tokens
-from moe_mt.generation.logits import LogitsProcessor
-from moe_mt.generation.sampling import draw, uniform_table
-from moe_mt.models import Seq2SeqTransformer
+from moe_mt.generation.rules import ForcedTokens, LogitsProcessor, RuleContext, logits_rules
+from moe_mt.generation.sampling import draw, draw_several, uniform_table
+from moe_mt.generation.search import CachedDecoder, search
+from moe_mt.generation.stopping import Stopping
+from moe_mt.models import Seq2SeqTransformer, TransformerConfig
 
-__all__ = ["generate"]
+__all__ = ["FIRST_CACHE_STEPS", "generate", "translation_rules"]
 
 FIRST_CACHE_STEPS = 64
 """Steps the cache has room for at first; longer outputs make it grow."""
 
-
-class Strategy(Protocol):
-    """Choose tokens from logits, and remember what was chosen."""
-
-    def advance(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens to read next and the rows they continue, ``None`` for each its own."""
-        ...
-
-    def all_done(self) -> bool:
-        """Whether nothing is left to decode."""
-        ...
-
-    def results(self) -> list[list[tuple[list[int], float]]]:
-        """Return tokens and score of every sentence's hypotheses."""
-        ...
+CANDIDATES_PER_BEAM = candidates_per_beam(1)
 
 
 @torch.no_grad()
@@ -86,52 +74,91 @@ def generate(
             seed=config.seed,
             generator=generator,
         ).to(source_tokens.device)
-    strategy = _strategy(model, config, forced_tokens, max_new_tokens, uniforms)
-
     memory, _ = model.encode(source_tokens, source_mask)
     cache = model.new_cache(memory, source_mask, beams, min(steps, FIRST_CACHE_STEPS))
     start = model.config.decoder_start_id
-    tokens = source_tokens.new_full((len(sources) * beams,), start)
-    while True:
-        tokens, parents = strategy.advance(model.decode_step(tokens[:, None], cache))
-        if strategy.all_done():
-            break
-        if parents is not None:
-            cache.reorder(parents)
+    prompts = source_tokens.new_full((len(sources) * beams, 1), start)
+    found = _search(
+        CachedDecoder(model, cache),
+        prompts,
+        config,
+        model.config,
+        ForcedTokens(
+            [tokens for tokens in forced_tokens for _ in range(beams)], source_tokens.device
+        ),
+        max_new_tokens,
+        uniforms,
+    )
     return [
         [
             hypothesis_from_tokens(tokens, score, eos_id=model.config.eos_id, source=source)
-            for tokens, score in found
+            for tokens, score in hypotheses
         ]
-        for source, found in zip(sources, strategy.results(), strict=True)
+        for source, hypotheses in zip(sources, found, strict=True)
     ]
 
 
-def _strategy(
-    model: Seq2SeqTransformer,
+def _search(
+    decoder: CachedDecoder,
+    prompts: Tensor,
     config: GenerationConfig,
-    forced_tokens: Sequence[Sequence[int]],
+    model_config: TransformerConfig,
+    forced: ForcedTokens,
     limits: Sequence[int],
     uniforms: Tensor | None,
-) -> Strategy:
-    device = model.embedding.weight.device
-    beams = max(config.num_beams, config.num_return_sequences)
-    processor = LogitsProcessor(
-        config,
-        [tokens for tokens in forced_tokens for _ in range(beams)],
-        eos_id=model.config.eos_id,
-        device=device,
-    )
+) -> list[list[tuple[list[int], float]]]:
+    device, eos_ids = prompts.device, (model_config.eos_id,)
+    processor = translation_rules(config, forced, model_config.eos_id, device)
+    count = config.num_return_sequences
     if config.num_beams > 1:
-        return BeamSearch(config, model.config, processor, limits, uniforms, device)
-    choose = take_best if uniforms is None else partial(_draw_at, uniforms)
-    row_limits = [limit for limit in limits for _ in range(beams)]
-    return GreedySearch(config, model.config, processor, row_limits, choose, device)
+        beams = BeamSearch(
+            prompts.view(len(limits), config.num_beams, 1),
+            processor,
+            Stopping(limits, eos_ids, device),
+            partial(take_best_several, CANDIDATES_PER_BEAM * config.num_beams)
+            if uniforms is None
+            else partial(_draw_several_at, uniforms),
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+        )
+        search(decoder, beams, prompts)
+        return beams.results(count)
+    greedy = GreedySearch(
+        prompts,
+        processor,
+        Stopping([limit for limit in limits for _ in range(count)], eos_ids, device),
+        take_best if uniforms is None else partial(_draw_at, uniforms),
+        pad_id=model_config.pad_id,
+        forced=forced,
+    )
+    search(decoder, greedy, prompts)
+    return greedy.results(config.length_penalty, count)
+
+
+def translation_rules(
+    config: GenerationConfig, forced: ForcedTokens, eos_id: int, device: torch.device
+) -> LogitsProcessor:
+    """Return the rules of a configuration.
+
+    Args:
+        config: Which rules apply.
+        forced: What must follow the decoder's start.
+        eos_id: The end mark.
+        device: Where the scores will be.
+    """
+    options = asdict(config) | {"min_new_tokens": config.new_token_minimum}
+    context = RuleContext(device=device, eos_ids=(eos_id,), forced=forced)
+    return LogitsProcessor(logits_rules(options, context))
 
 
 def _draw_at(uniforms: Tensor, scores: Tensor, step: int) -> Tensor:
     """Draw a token a row with the numbers (B, steps, sequences) of this step."""
     return draw(scores, uniforms[:, step].flatten())
+
+
+def _draw_several_at(uniforms: Tensor, totals: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Draw candidates for each sentence with the numbers (B, steps, candidates) of this step."""
+    return draw_several(totals, uniforms[:, step])
 
 
 def _without_padding(source_tokens: Tensor, source_mask: Tensor | None) -> list[list[int]]:

@@ -80,6 +80,7 @@ class FinishedBeams:
         """
         self.tokens = torch.zeros(*shape, capacity, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.parents = torch.zeros(shape, dtype=torch.int64, device=device)
         self.scores = torch.full(shape, NEVER, device=device)
         self.filled = torch.zeros(shape, dtype=torch.bool, device=device)
 
@@ -91,13 +92,14 @@ class FinishedBeams:
         """Return (B,) float32: the score to beat, which anything does while a slot is empty."""
         return self.scores[:, -1]
 
-    def merge(self, tokens: Tensor, scores: Tensor, ended: Tensor) -> None:
+    def merge(self, tokens: Tensor, scores: Tensor, ended: Tensor, parents: Tensor) -> None:
         """Let candidates compete with what the slots hold.
 
         Args:
             tokens: (B, K, length) int64.
             scores: (B, K) float32, by ``NEVER`` lower where a candidate may not enter.
             ended: (B, K) bool, whether the candidate has ended.
+            parents: (B, K) int64, the row that each candidate's last token was chosen in.
         """
         length = tokens.shape[-1]
         padded = functional.pad(tokens, (0, self.tokens.shape[-1] - length))
@@ -107,6 +109,7 @@ class FinishedBeams:
         self.filled = torch.cat([self.filled, ended], dim=1).gather(1, best)
         lengths = torch.full_like(ended, length, dtype=torch.int64)
         self.lengths = torch.cat([self.lengths, lengths], dim=1).gather(1, best)
+        self.parents = torch.cat([self.parents, parents], dim=1).gather(1, best)
         self.tokens = torch.cat([self.tokens, padded], dim=1).take_along_dim(best[:, :, None], 1)
 
     def best(self, count: int) -> list[list[tuple[list[int], float]]]:

@@ -1,7 +1,8 @@
-"""Random choices that are the same for a sentence in whatever batch it stands.
+"""Random choices: the same for a sentence in whatever batch it stands, or as torch draws them.
 
-All randomness is a table of uniform numbers, fixed before the first step; choosing is then a
-function of scores and table.
+For the former all randomness is a table of uniform numbers, fixed before the first step; choosing
+is then a function of scores and table. For the latter, torch's global generator decides, and a
+step is one draw for the whole batch, as in transformers.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-__all__ = ["draw", "draw_several", "uniform_table"]
+__all__ = ["draw", "draw_several", "draw_several_together", "draw_together", "uniform_table"]
 
 
 def uniform_table(
@@ -74,3 +75,18 @@ def draw_several(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         indices.append(index)
         left.scatter_(1, index, -torch.inf)
     return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
+def draw_together(scores: Tensor, step: int) -> Tensor:
+    """Return (rows,) int64: one index a row of scores (rows, N), drawn by torch's generator."""
+    return scores.softmax(-1).multinomial(1).squeeze(1)
+
+
+def draw_several_together(count: int, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` of (rows, N) without replacement by torch's generator.
+
+    Returns:
+        Scores and indices, each (rows, count), in the order in which they were drawn.
+    """
+    indices = scores.softmax(-1).multinomial(count)
+    return scores.gather(1, indices), indices

@@ -2,7 +2,7 @@
 
 import json
 import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,10 @@ import torch
 from moe_mt.checkpoints import load
 from moe_mt.errors import InputError
 from moe_mt.generation import GenerationConfig, generate
+from moe_mt.generation.beam import BeamSearch, take_best_several
+from moe_mt.generation.rules import ForcedTokens
+from moe_mt.generation.search import CachedDecoder, search
+from moe_mt.generation.stopping import Stopping
 from moe_mt.models import Seq2SeqTransformer
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "models"
@@ -164,23 +168,22 @@ def test_greedy_score_is_the_mean_log_probability_without_forced_tokens():
 
 def test_one_beam_that_stops_early_is_greedy_search():
     # The strategies are written apart; here they must meet.
-    from moe_mt.generation.beam import BeamSearch
-    from moe_mt.generation.logits import LogitsProcessor
-
     model, (sources, forced, limits) = load_model(FREE_OF_DROPPING), varied_sentences(12)
     greedy = run(model, sources, GenerationConfig(), forced=forced, limits=limits)
-    config = GenerationConfig(num_beams=1, early_stopping=True)
     for source, prefix, limit, expected in zip(sources, forced, limits, greedy, strict=True):
         device = torch.device("cpu")
-        processor = LogitsProcessor(config, [prefix], eos_id=EOS, device=device)
-        search = BeamSearch(config, model.config, processor, [limit], None, device)
+        beams = BeamSearch(
+            torch.full((1, 1, 1), EOS),
+            ForcedTokens([prefix], device),
+            Stopping([limit], [EOS], device),
+            partial(take_best_several, 2),
+            length_penalty=1.0,
+            early_stopping=True,
+        )
         with torch.no_grad():
             cache = model.new_cache(model.encode(torch.tensor([source]))[0], None)
-            tokens = torch.tensor([EOS])
-            while not search.all_done():
-                tokens, parents = search.advance(model.decode_step(tokens[:, None], cache))
-                cache.reorder(parents)
-        ((found, score),) = search.results()[0]
+            search(CachedDecoder(model, cache), beams, torch.tensor([[EOS]]))
+        ((found, score),) = beams.results(1)[0]
         assert tuple(found) == expected[0].tokens
         assert score == pytest.approx(expected[0].score, abs=1e-4)
 

@@ -61,31 +61,31 @@ def test_finish_reason(tokens, source, reason):
     assert found.score == -1.5
 
 
+def merge(finished, tokens, scores, ended):
+    ended = torch.tensor(ended)
+    parents = torch.zeros_like(ended, dtype=torch.int64)
+    finished.merge(torch.tensor(tokens), torch.tensor(scores), ended, parents)
+
+
 def test_slots_keep_the_best_in_order():
     finished = FinishedBeams((1, 2), capacity=3, device=torch.device("cpu"))
     assert not finished.full().any()
-    finished.merge(
-        torch.tensor([[[4, 2], [5, 2]]]), torch.tensor([[-3.0, -1.0]]), torch.tensor([[True, True]])
-    )
+    merge(finished, [[[4, 2], [5, 2]]], [[-3.0, -1.0]], [[True, True]])
     assert finished.full().all()
-    finished.merge(torch.tensor([[[6, 7, 2]]]), torch.tensor([[-2.0]]), torch.tensor([[True]]))
+    merge(finished, [[[6, 7, 2]]], [[-2.0]], [[True]])
     assert finished.best(2) == [[([5, 2], -1.0), ([6, 7, 2], -2.0)]]
     assert finished.best(1) == [[([5, 2], -1.0)]]
 
 
 def test_empty_slots_are_not_returned_but_every_sentence_has_a_result():
     finished = FinishedBeams((2, 2), capacity=1, device=torch.device("cpu"))
-    finished.merge(
-        torch.tensor([[[4]], [[5]]]),
-        torch.tensor([[-1.0], [-2.0e9]]),
-        torch.tensor([[True], [False]]),
-    )
+    merge(finished, [[[4]], [[5]]], [[-1.0], [-2.0e9]], [[True], [False]])
     assert finished.best(2) == [[([4], -1.0)], [([], -1.0e9)]]
 
 
 def test_copies_of_any_hypothesis_are_left_out():
     # Fewer tokens to choose from than beams: the rest are copies, not only of the best one.
     beams = FinishedBeams((1, 4), capacity=2, device=torch.device("cpu"))
-    tokens = torch.tensor([[[7, 41], [7, 7], [7, 7], [7, 7]]])
-    beams.merge(tokens, torch.tensor([[-1.0, -1.2, -5e8, -5e8]]), torch.ones(1, 4).bool())
+    tokens = [[[7, 41], [7, 7], [7, 7], [7, 7]]]
+    merge(beams, tokens, [[-1.0, -1.2, -5e8, -5e8]], [[True] * 4])
     assert [found for found, _ in beams.best(4)[0]] == [[7, 41], [7, 7]]

@@ -2,14 +2,15 @@ import pytest
 import torch
 
 from moe_mt.generation import GenerationConfig
+from moe_mt.generation.generate import translation_rules
 from moe_mt.generation.logits import (
-    LogitsProcessor,
     ban_repeated_ngrams,
     force,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
 )
+from moe_mt.generation.rules import ForcedTokens
 
 BANNED = -torch.inf
 CPU = torch.device("cpu")
@@ -82,13 +83,13 @@ def test_top_p_keeps_as_many_as_beam_sampling_needs():
 
 
 def processor(forced=((),), **options):
-    return LogitsProcessor(GenerationConfig(**options), list(forced), eos_id=2, device=CPU)
+    return translation_rules(GenerationConfig(**options), ForcedTokens(forced, CPU), 2, CPU)
 
 
 def test_end_mark_is_banned_until_enough_tokens_came():
     process = processor(min_new_tokens=2)
     for length, banned in ((1, True), (2, True), (3, False)):
-        found = process(torch.zeros(1, 4), torch.full((1, length), 3))
+        found = process(torch.full((1, length), 3), torch.zeros(1, 4))
         assert (found[0, 2] == BANNED) == banned
         assert (found[0, [0, 1, 3]] == 0).all()
 
@@ -96,27 +97,27 @@ def test_end_mark_is_banned_until_enough_tokens_came():
 def test_forced_tokens_win_over_every_other_rule():
     # The end mark is forced although it is too early, and although it would repeat the start.
     process = processor([(2,)], min_new_tokens=5, no_repeat_ngram_size=1, repetition_penalty=9.0)
-    found = process(torch.zeros(1, 4), torch.tensor([[2]]))
+    found = process(torch.tensor([[2]]), torch.zeros(1, 4))
     assert found.tolist() == [[BANNED, BANNED, 0.0, BANNED]]
 
 
 def test_forced_tokens_differ_in_number_from_row_to_row():
     process = processor([(3, 4), (), (5,)])
     scores = torch.zeros(3, 6)
-    first = process(scores, torch.full((3, 1), 2))
+    first = process(torch.full((3, 1), 2), scores)
     assert first.argmax(-1).tolist() == [3, 0, 5]
     assert (first[1] == 0).all()
-    second = process(scores, torch.full((3, 2), 2))
+    second = process(torch.full((3, 2), 2), scores)
     assert second.argmax(-1).tolist() == [4, 0, 0]
-    assert process.forced_at(2) is None
+    assert ForcedTokens([(3, 4), (), (5,)], CPU).at(2) is None
 
 
 def test_penalty_comes_before_the_ban_and_temperature_before_top_p():
     # At temperature 2 the probabilities are nearly even, and top_p keeps more than it would first.
     scores = torch.tensor([[4.0, 2.0, 1.0]])
-    cold = processor(do_sample=True, top_k=0, top_p=0.8)(scores, torch.tensor([[2]]))
+    cold = processor(do_sample=True, top_k=0, top_p=0.8)(torch.tensor([[2]]), scores)
     warm = processor(do_sample=True, top_k=0, top_p=0.8, temperature=4.0)(
-        scores, torch.tensor([[2]])
+        torch.tensor([[2]]), scores
     )
     assert (cold > BANNED).sum() == 1
     assert (warm > BANNED).sum() == 3
@@ -125,18 +126,18 @@ def test_penalty_comes_before_the_ban_and_temperature_before_top_p():
 
 def test_beam_sampling_keeps_two_tokens_so_that_a_beam_can_go_on():
     process = processor(do_sample=True, num_beams=2, top_k=1, top_p=1e-9)
-    found = process(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), torch.tensor([[2]]))
+    found = process(torch.tensor([[2]]), torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
     assert (found > BANNED).tolist() == [[False, True, True, False]]
 
 
 def test_sampling_rules_wait_for_sampling():
     process = processor(top_k=1, temperature=9.0)
     scores = torch.tensor([[1.0, 2.0]])
-    assert torch.equal(process(scores, torch.tensor([[0]])), scores)
+    assert torch.equal(process(torch.tensor([[0]]), scores), scores)
 
 
 def test_scores_of_the_caller_are_left_alone():
     scores = torch.zeros(1, 4)
     process = processor([(3,)], min_new_tokens=2, no_repeat_ngram_size=1, repetition_penalty=2.0)
-    process(scores, torch.tensor([[1]]))
+    process(torch.tensor([[1]]), scores)
     assert (scores == 0).all()
