@@ -59,15 +59,19 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
-		--editable . transformers pytest pytest-benchmark hypothesis sacrebleu
+		--editable . transformers peft pytest pytest-benchmark hypothesis sacrebleu
 	touch $@
 
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -m peers tests/checkpoints tests/integrations
+	$(PEERS)/bin/python -m pytest -m peers tests/checkpoints tests/integrations tests/pretrained \
+		tests/translator
 
 goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py
 	$(PEERS)/bin/python tests/golden/make_model_goldens.py
+	$(PEERS)/bin/python tests/golden/make_pretrained_goldens.py
+	$(PEERS)/bin/python tests/golden/make_pretrained_tokenizer_goldens.py
+	$(PEERS)/bin/python tests/golden/make_generate_goldens.py
 
 # Close other work first. Prints each figure beside the last committed one on the same device.
 bench: $(PEERS)/.installed

@@ -17,21 +17,54 @@ from moe_mt.errors import (
 )
 from moe_mt.generation import GenerationConfig
 from moe_mt.models import CrossAttention
-from moe_mt.translator import TranslationResult, Translator, from_pretrained
+from moe_mt.pretrained import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Model,
+    M2M100Tokenizer,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    NllbMoeModel,
+    NllbMoeSparseMLP,
+    NllbMoeTop2Router,
+    NllbTokenizer,
+    shift_tokens_right,
+)
+from moe_mt.translator import TranslationResult, Translator, from_pretrained, pipeline
 from moe_mt.version import __version__
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForSeq2SeqLM",
+    "AutoTokenizer",
     "BackendUnavailableError",
     "CheckpointError",
     "ConfigError",
     "CrossAttention",
     "GenerationConfig",
     "InputError",
+    "M2M100Config",
+    "M2M100ForConditionalGeneration",
+    "M2M100Model",
+    "M2M100Tokenizer",
     "MoeMtError",
+    "NllbMoeConfig",
+    "NllbMoeForConditionalGeneration",
+    "NllbMoeModel",
+    "NllbMoeSparseMLP",
+    "NllbMoeTop2Router",
+    "NllbTokenizer",
     "PlacementError",
     "TranslationResult",
     "Translator",
     "UnsupportedLanguageError",
     "__version__",
     "from_pretrained",
+    "pipeline",
+    "shift_tokens_right",
 ]

@@ -29,6 +29,7 @@ SMALL_FILES = (
     "vocab.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )

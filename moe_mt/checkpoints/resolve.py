@@ -17,6 +17,9 @@ from moe_mt.errors import CheckpointError
 
 __all__ = ["fetch_small_files", "resolve"]
 
+TINY = Path(__file__).parent.parent / "tiny"
+"""The small model of this package, by the name ``"tiny"``."""
+
 
 def fetch_small_files(
     name: str | os.PathLike[str],
@@ -29,7 +32,7 @@ def fetch_small_files(
     """Return a model's folder with its configuration, tokenizer files and weight index.
 
     Args:
-        name: A hub id, or a local folder, which is returned as it is.
+        name: A hub id; or a local folder, which is returned as it is; or ``"tiny"``.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; where ``HF_HOME`` says if ``None``.
         token: Access token for the hub.
@@ -59,7 +62,7 @@ def resolve(
     Before a weight is fetched, its size is compared with the free disk and memory.
 
     Args:
-        name: A hub id, or a local folder, which is returned as it is.
+        name: A hub id; or a local folder, which is returned as it is; or ``"tiny"``.
         device: Where the model is to go.
         dtype: What its weights are to become.
         revision: Branch, tag or commit on the hub.
@@ -116,6 +119,8 @@ def _local_folder(name: str | os.PathLike[str]) -> Path | None:
             f"the model name is {text!r}; give a hub id such as facebook/nllb-200-distilled-600M, "
             "or the folder of a model"
         )
+    if text == "tiny":
+        return TINY
     path = Path(text).expanduser()
     try:
         if path.is_dir():

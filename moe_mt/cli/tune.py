@@ -20,7 +20,6 @@ from moe_mt.ops import ExpertShape, TunedProblem, tune, tuning_problems
 __all__ = ["add_parser"]
 
 LOGGER = logging.getLogger(__name__)
-TINY = Path(__file__).parents[1] / "tiny"
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = (32, 128, 512, 1024, 2048, 4096, 16384)
 
@@ -130,8 +129,7 @@ def _shapes(options: argparse.Namespace) -> list[ExpertShape]:
         return [ExpertShape(**sizes, gated=options.gated, dtype=dtype)]
     if options.gated or any(size is not None for size in given.values()):
         raise InputError("--model says what the layers are; leave out the sizes, or --model")
-    folder = TINY if options.model == "tiny" else fetch_small_files(options.model)
-    _, config = read_config(folder)
+    _, config = read_config(fetch_small_files(options.model))
     if config.moe is None:
         raise ConfigError(f"{options.model} has no layer of experts, so there is nothing to tune")
     experts = config.moe.num_experts

@@ -40,6 +40,15 @@ class _Attention(nn.Module):
         batch, length, d_model = x.shape
         return x.view(batch, length, self.heads, d_model // self.heads).transpose(1, 2)
 
+    def _weighted(
+        self, weights: Tensor, value: Tensor, head_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output for weights (B, H, L, S), and these times the head mask."""
+        if head_mask is not None:
+            weights = weights * head_mask.to(weights.dtype)[:, None, None]
+        dropped = functional.dropout(weights, self.dropout, self.training)
+        return self._join(dropped @ value, None), weights
+
     def _join(self, context: Tensor, head_mask: Tensor | None) -> Tensor:
         """Project the heads' outputs (B, H, L, d_head) together, each times its factor."""
         if head_mask is not None:
@@ -85,13 +94,28 @@ class SelfAttention(_Attention):
         )
         return self._join(context, head_mask)
 
-    def weights(
-        self, x: Tensor, key: Tensor, mask: Tensor | None = None, *, causal: bool = False
-    ) -> Tensor:
-        """Return the attention weights (B, H, L, S) before dropout; arguments as of a call.
+    def with_weights(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend, and return the attention weights too; arguments as of a call.
 
-        Rows sum to 1; where nothing may be attended to they are 0.
+        Computed explicitly, so that gradients reach the weights.
+
+        Returns:
+            (B, L, d_model), and the weights (B, H, L, S) times the head mask, before dropout.
+            Without a head mask, rows sum to 1; where nothing may be attended to they are 0.
         """
+        weights = self._weights(x, key, mask, causal)
+        return self._weighted(weights, value, head_mask)
+
+    def _weights(self, x: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         scores = self._split(self.q_proj(x)) @ key.mT * key.shape[-1] ** -0.5
         if causal:
             mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
@@ -153,9 +177,22 @@ class CrossAttention(_Attention):
         )
         return self._join(context, head_mask).reshape(rows, length, d_model)
 
-    def weights(self, x: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Return the attention weights (B, H, L, S) of rows x (B, L, d_model), before dropout.
+    def with_weights(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend, and return the attention weights too; arguments as of a call, one row a sentence.
 
-        Rows sum to 1; where the memory has nothing valid they are 0.
+        Computed explicitly, so that gradients reach the weights.
+
+        Returns:
+            (B, L, d_model), and the weights (B, H, L, S) times the head mask, before dropout.
+            Without a head mask, rows sum to 1; where the memory has nothing valid they are 0.
         """
-        return cross_attention_weights(self._split(self.q_proj(x)), key, key_mask=key_mask)
+        weights = cross_attention_weights(self._split(self.q_proj(x)), key, key_mask=key_mask)
+        return self._weighted(weights, value, head_mask)

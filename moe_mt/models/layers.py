@@ -55,7 +55,7 @@ class HeadProbe:
     """(H,) the same of the attention to the memory."""
 
     weights: bool = False
-    """Whether attention weights are computed, beside the output and explicitly."""
+    """Whether attention weights are returned, which are then computed explicitly."""
 
 
 NO_PROBE = HeadProbe()
@@ -163,12 +163,15 @@ class EncoderLayer(_Layer):
         """
         normed = self.self_attention_norm(x)
         key, value = self.self_attention.project_key_value(normed)
-        update = self.self_attention(normed, key, value, mask, head_mask=probe.self_mask)
+        weights = None
+        if probe.weights:
+            update, weights = self.self_attention.with_weights(
+                normed, key, value, mask, head_mask=probe.self_mask
+            )
+        else:
+            update = self.self_attention(normed, key, value, mask, head_mask=probe.self_mask)
         x, routing = self._apply_feed_forward(self._residual(x, update, self.dropout), padding)
-        if not probe.weights:
-            return LayerOutput(x, routing)
-        weights = self.self_attention.weights(normed, key, mask)
-        return LayerOutput(x, routing, _masked(weights, probe.self_mask))
+        return LayerOutput(x, routing, weights)
 
 
 class DecoderLayer(_Layer):
@@ -218,42 +221,31 @@ class DecoderLayer(_Layer):
         """
         normed = self.self_attention_norm(x)
         key, value = cache.append(*self.self_attention.project_key_value(normed), length)
-        update = self.self_attention(
-            normed, key, value, masks.target, causal=masks.causal, head_mask=probe.self_mask
-        )
         self_weights = cross_weights = None
+        target = (key, value, masks.target)
         if probe.weights:
-            self_weights = self.self_attention.weights(
-                normed, key, masks.target, causal=masks.causal
+            update, self_weights = self.self_attention.with_weights(
+                normed, *target, causal=masks.causal, head_mask=probe.self_mask
+            )
+        else:
+            update = self.self_attention(
+                normed, *target, causal=masks.causal, head_mask=probe.self_mask
             )
         x = self._residual(x, update, self.dropout)
-        if cache.cross_key is not None:
+        if cache.cross_key is not None and cache.cross_value is not None:
             normed = self.cross_attention_norm(x)
-            update = self.cross_attention(
-                normed,
-                cache.cross_key,
-                cache.cross_value,
-                masks.memory,
-                beams=beams,
-                head_mask=probe.cross_mask,
-            )
+            memory = (cache.cross_key, cache.cross_value, masks.memory)
             if probe.weights:
-                cross_weights = self.cross_attention.weights(normed, cache.cross_key, masks.memory)
+                update, cross_weights = self.cross_attention.with_weights(
+                    normed, *memory, head_mask=probe.cross_mask
+                )
+            else:
+                update = self.cross_attention(
+                    normed, *memory, beams=beams, head_mask=probe.cross_mask
+                )
             x = self._residual(x, update, self.dropout)
         x, routing = self._apply_feed_forward(x, masks.padding)
-        return LayerOutput(
-            x,
-            routing,
-            _masked(self_weights, probe.self_mask),
-            _masked(cross_weights, probe.cross_mask),
-        )
-
-
-def _masked(weights: Tensor | None, head_mask: Tensor | None) -> Tensor | None:
-    """Return attention weights (B, H, L, S) times the factor of each head."""
-    if weights is None or head_mask is None:
-        return weights
-    return weights * head_mask.to(weights.dtype)[:, None, None]
+        return LayerOutput(x, routing, self_weights, cross_weights)
 
 
 def _dense_layer(config: TransformerConfig, ffn_dim: int) -> FeedForward:

@@ -25,7 +25,6 @@ from moe_mt.translator.translator import Translator
 __all__ = ["from_pretrained", "resolve_device", "resolve_dtype"]
 
 LOGGER = logging.getLogger(__name__)
-TINY = Path(__file__).parent.parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -107,14 +106,13 @@ def from_pretrained(
     """
     target_device = resolve_device(device)
     target_dtype = resolve_dtype(dtype, target_device)
-    source = TINY if name == "tiny" else name
     hub: dict[str, Any] = {
         "revision": revision,
         "cache_dir": cache_dir,
         "token": token,
         "local_files_only": local_files_only,
     }
-    folder = fetch_small_files(source, **hub)
+    folder = fetch_small_files(name, **hub)
     # First of all, also of the tokenizer's files: what cannot fit need not be complete.
     check_fits(
         read_config(folder)[1],
@@ -125,7 +123,7 @@ def from_pretrained(
     )
     config = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, config.get("model_type"))
-    folder = resolve(source, device=target_device, dtype=target_dtype, **hub)
+    folder = resolve(name, device=target_device, dtype=target_dtype, **hub)
     model = load(folder, device=target_device, dtype=target_dtype, on_progress=on_progress)
     ours: dict[str, Any] = config.get("moe_mt") or {}
     if "description" in ours:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from moe_mt.checkpoints import fetch_small_files
 from moe_mt.cli import tune as command
 from moe_mt.kernels import _configurations
 from moe_mt.ops import ExpertShape, TunedProblem
@@ -97,7 +98,7 @@ def test_tokens_that_share_a_problem_are_listed_with_it(run, no_gpu):
 def test_the_shapes_of_a_model(run, no_gpu, tmp_path):
     outcome = run("tune", "--dry-run", "--model", "tiny", "--tokens", 64)
     assert outcome.code == 0
-    config = json.loads((command.TINY / "config.json").read_text())
+    config = json.loads((fetch_small_files("tiny") / "config.json").read_text())
     width, inner = config["d_model"], config["encoder_ffn_dim"]
     assert f"forward {inner} x {width}, 16 bits" in outcome.out.decode()
     # Encoder and decoder may differ.
@@ -190,7 +191,7 @@ def test_what_is_wrong_is_said(run, monkeypatch, arguments, said):
 
 
 def test_a_model_without_experts_has_nothing_to_tune(run, no_gpu, tmp_path):
-    config = json.loads((command.TINY / "config.json").read_text())
+    config = json.loads((fetch_small_files("tiny") / "config.json").read_text())
     dense = {
         name: value
         for name, value in config.items()

@@ -1,0 +1,474 @@
+"""The published names over the one architecture: what is done to the tree is done to the model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from moe_mt import ConfigError
+from moe_mt.models import FAMILIES as FACTS
+from moe_mt.models import TIED_KEYS
+from tests.pretrained.tiny_models import (
+    BATCH,
+    FAMILIES,
+    MASK,
+    QUIET,
+    SOURCE,
+    TARGET,
+    adapt,
+    build,
+    config_of,
+    gradients,
+    logits,
+    logits_of_decoding,
+)
+
+# Linear layers of every kind there is.
+ADAPTED = [
+    ("dense", "model.encoder.layers.0.self_attn.q_proj"),
+    ("dense", "model.encoder.layers.1.fc1"),
+    ("dense", "model.decoder.layers.0.self_attn.v_proj"),
+    ("dense", "model.decoder.layers.1.encoder_attn.k_proj"),
+    ("dense", "model.decoder.layers.1.encoder_attn.out_proj"),
+    ("dense", "model.decoder.layers.0.fc2"),
+    ("dense", "lm_head"),
+    ("moe", "model.encoder.layers.0.ffn.fc1"),
+    ("moe", "model.encoder.layers.1.self_attn.k_proj"),
+    ("moe", "model.decoder.layers.0.cross_attention.q_proj"),
+    ("moe", "model.encoder.layers.1.ffn.experts.expert_2.fc1"),
+    ("moe", "model.decoder.layers.1.ffn.experts.expert_0.fc2"),
+    ("moe", "lm_head"),
+]
+
+
+@pytest.mark.parametrize("kind", ["ForConditionalGeneration", "Model"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_shapes_are_the_published_ones(family, kind):
+    config = config_of(family, router_bias=True) if family == "moe" else config_of(family)
+    locations = FACTS[config.model_type].locations(config.for_model())
+    shapes = {key: location.shape for key, location in locations.items()}
+    prefix = "" if kind == "Model" else "model."
+    expected = {prefix + key: shape for key, shape in shapes.items() if key != "lm_head.weight"}
+    if kind != "Model":
+        expected["lm_head.weight"] = shapes["lm_head.weight"]
+    more = {"router_bias": True} if family == "moe" else {}
+    state_dict = build(family, kind, **more).state_dict()
+    assert {key: tuple(tensor.shape) for key, tensor in state_dict.items()} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_listed_once_and_under_every_tied_name_on_request(family):
+    model = build(family)
+    once = dict(model.named_parameters())
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied = {key if key.startswith("lm_head") else f"model.{key}" for key in TIED_KEYS}
+    assert every.keys() == model.state_dict().keys()
+    assert every.keys() - once.keys() == tied - {"model.shared.weight"}
+    assert len({id(parameter) for parameter in every.values()}) == len(once)
+    assert model.num_parameters() == sum(parameter.numel() for parameter in once.values())
+    assert all(parameter.requires_grad for parameter in once.values())
+
+
+def test_the_weights_of_the_tree_are_those_that_compute():
+    model = build("moe")
+    places = FACTS["nllb-moe"].locations(model.config.for_model())
+    experts = model.core.decoder.layers[0].feed_forward.experts.stacked
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for key, place in places.items():
+        if place.expert is None:
+            mine = named[key if key == "lm_head.weight" else f"model.{key}"]
+            assert mine is model.core.get_parameter(place.parameter), key
+    first = named["model.decoder.layers.0.ffn.experts.expert_1.fc1.weight"]
+    assert first.data_ptr() == experts.up_proj[1].data_ptr()
+
+
+def test_published_paths_resolve():
+    dense, moe = build("dense"), build("moe")
+    assert dense.model.encoder.layers[0].fc1.out_features == 12
+    assert dense.model.decoder.layers[1].encoder_attn.q_proj.in_features == 16
+    assert dense.get_encoder().layers[0].final_layer_norm.normalized_shape == (16,)
+    assert moe.model.encoder.layers[1].ffn.experts.expert_3.fc1.out_features == 12
+    assert moe.model.encoder.layers[1].ffn.experts["expert_3"].fc2.in_features == 12
+    assert moe.model.decoder.layers[0].ffn.router.classifier.out_features == 4
+    assert moe.model.encoder.layers[0].ffn.fc2.in_features == 12
+    for model in (dense, moe):
+        assert model.model.encoder.embed_tokens is model.model.decoder.embed_tokens
+        assert model.model.shared is model.get_input_embeddings()
+        assert model.base_model is model.model
+        assert model.model.base_model is model.model
+        assert model.get_encoder() is model.model.get_encoder() is model.model.encoder
+
+
+@pytest.mark.parametrize(("family", "path"), ADAPTED)
+def test_an_adapter_is_used_by_forward_and_by_fast_decoding(family, path):
+    model = build(family)
+    before = logits(model)
+    adapter = adapt(model, path)
+    assert model.get_submodule(path) is adapter
+    after = logits(model)
+    assert not torch.allclose(after, before, atol=1e-2)
+    torch.testing.assert_close(logits_of_decoding(model), after[:, -1])
+
+
+@pytest.mark.parametrize(("family", "path"), ADAPTED)
+def test_an_adapter_of_frozen_weights_gets_gradients_and_goes_away_again(family, path):
+    model = build(family)
+    before = logits(model)
+    model.requires_grad_(False)
+    adapter = adapt(model, path)
+    model(**BATCH, labels=TARGET).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {f"{path}.down.weight", f"{path}.up.weight"}
+    assert adapter.up.weight.grad.any()
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, adapter.base_layer)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_whose_head_has_an_adapter_can_still_be_cast():
+    # The adapter shows the head's weight and lets nobody set it.
+    model = build("dense")
+    adapt(model, "lm_head")
+    model.double()
+    assert model.lm_head.weight is model.model.shared.weight
+    assert logits(model).dtype == torch.float64
+
+
+class Doubled(nn.Module):
+    """Twice what it reads, as a feed-forward network."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("path", ["model.encoder.layers.0.ffn", "model.decoder.layers.1.ffn"])
+def test_a_whole_feed_forward_network_can_be_replaced(path):
+    # The first is dense, the second sparse.
+    model = build("moe")
+    before = logits(model)
+    owner, _, name = path.rpartition(".")
+    published = model.get_submodule(path)
+    setattr(model.get_submodule(owner), name, Doubled())
+    after = logits(model)
+    assert not torch.allclose(after, before, atol=1e-2)
+    torch.testing.assert_close(logits_of_decoding(model), after[:, -1])
+    setattr(model.get_submodule(owner), name, published)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_router_of_another_layer_can_be_put_in_place():
+    model = build("moe")
+    first, second = (layer.ffn for layer in model.model.decoder.layers)
+    first.router = second.router
+    found = logits(model)
+    expected = build("moe")
+    weights = [layer.ffn.router.classifier.weight for layer in expected.model.decoder.layers]
+    weights[0].data.copy_(weights[1])
+    assert torch.equal(found, logits(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_can_be_taken_out_of_the_list(family):
+    model = build(family)
+    model.model.encoder.layers = model.model.encoder.layers[:1]
+    del model.model.decoder.layers[0]
+    found = logits(model)
+    assert len(model(**BATCH).past_key_values) == 1
+    torch.testing.assert_close(logits_of_decoding(model), found[:, -1])
+    assert not any(".layers.1." in name for name in model.state_dict())
+
+
+def test_an_embedding_that_is_replaced_is_read_by_both_sides():
+    model = build("dense")
+    new = nn.Embedding(60, 16, padding_idx=1)
+    model.set_input_embeddings(new)
+    assert model.get_input_embeddings() is new
+    assert model.core.embedding is new
+    with torch.no_grad():
+        new.weight.copy_(model.lm_head.weight)
+    assert torch.equal(logits(model), logits(build("dense")))
+
+
+def training_parts(model):
+    """Return the names of the core's modules that are in training mode."""
+    containers = (nn.ModuleList, nn.Sequential)
+    return {
+        name
+        for name, module in model.core.named_modules()
+        if module.training and not isinstance(module, containers)
+    }
+
+
+PARTS = {
+    "model": [""],
+    "model.encoder": ["encoder", "embedding", "positions"],
+    "model.decoder": ["decoder", "embedding", "positions"],
+    "model.encoder.layers": ["encoder.layers.0", "encoder.layers.1"],
+    "model.decoder.layers.1": ["decoder.layers.1"],
+    "model.encoder.layers.0.ffn": ["encoder.layers.0.feed_forward"],
+    "model.decoder.layers.0.ffn": ["decoder.layers.0.feed_forward"],
+    "model.decoder.layers.0.ffn.router": ["decoder.layers.0.feed_forward.router"],
+    "model.decoder.layers.0.ffn.experts": ["decoder.layers.0.feed_forward.experts"],
+    "model.decoder.layers.0.cross_attention": ["decoder.layers.0.cross_attention"],
+    "lm_head": [],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_training_mode_of_a_part_reaches_what_computes_it_and_nothing_else(part):
+    model = build("moe")
+    assert training_parts(model) == set()
+    model.get_submodule(part).train()
+    everything = training_parts(build("moe").train())
+    expected = {
+        name
+        for name in everything
+        if any(not place or name == place or name.startswith(f"{place}.") for place in PARTS[part])
+    }
+    assert training_parts(model) == expected
+    stacked = model.core.decoder.layers[0].feed_forward.experts.stacked
+    assert stacked.training == ("decoder.layers.0.feed_forward.experts" in expected)
+    assert training_parts(model.eval()) == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_active_in_the_part_that_is_in_training(family):
+    model = build(family, dropout=0.5)
+    memory = model.get_encoder()(SOURCE, MASK)
+
+    def decoded():
+        return logits(model, input_ids=None, encoder_outputs=memory)
+
+    def encoded():
+        with torch.no_grad():
+            return model.get_encoder()(SOURCE, MASK)[0]
+
+    model.get_encoder().train()
+    assert not torch.equal(encoded(), encoded())
+    assert torch.equal(decoded(), decoded())
+    model.eval().get_decoder().train()
+    assert torch.equal(encoded(), encoded())
+    assert not torch.equal(decoded(), decoded())
+    model.train().eval()
+    assert torch.equal(logits(model), logits(model))
+
+
+HOOKED = [
+    ("dense", "model.encoder.layers.1", True),
+    ("dense", "model.decoder.layers.0.encoder_attn.q_proj", True),
+    ("dense", "model.decoder.layers.0.self_attn", True),
+    ("dense", "model.encoder.layers.0.fc1", True),
+    ("dense", "model.decoder", True),
+    ("dense", "lm_head", True),
+    ("moe", "model.decoder.layers.1", True),
+    ("moe", "model.decoder.layers.1.ffn.experts", True),
+    # Some expert is chosen by some token; which one is not known, so all are listened to.
+    ("moe", "model.decoder.layers.1.ffn.experts.expert_*", False),
+    ("moe", "model.encoder.layers.1.ffn.experts.expert_*.fc2", False),
+]
+
+
+@pytest.mark.parametrize(("family", "path", "every"), HOOKED)
+def test_forward_hooks_see_what_passes(family, path, every):
+    model = build(family)
+    before = logits(model)
+    seen = []
+    paths = [path] if every else [path.replace("*", str(index)) for index in range(4)]
+    handles = []
+    for one in paths:
+        module = model.get_submodule(one)
+        handles += [
+            module.register_forward_pre_hook(lambda module, given: seen.append("before")),
+            module.register_forward_hook(lambda module, given, output: seen.append("after")),
+        ]
+    torch.testing.assert_close(logits(model), before)
+    assert seen
+    assert seen == ["before", "after"] * (len(seen) // 2)
+    seen.clear()
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(model), before)
+    assert not seen
+
+
+@pytest.mark.parametrize("part", ["", "fc1"])
+def test_backward_hooks_of_experts_see_gradients(part):
+    model = build("moe", **QUIET).train()
+    loss, expected = gradients(model)
+    seen = []
+    for expert in model.model.decoder.layers[0].ffn.experts.values():
+        expert.get_submodule(part).register_full_backward_hook(
+            lambda module, given, output: seen.append(output[0].norm())
+        )
+    found_loss, found = gradients(model)
+    assert seen
+    assert max(seen) > 0
+    torch.testing.assert_close(found_loss, loss)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hook_can_change_what_an_expert_says():
+    model = build("moe")
+    before = logits(model)
+    experts = model.model.decoder.layers[1].ffn.experts
+    for expert in experts.values():
+        expert.register_forward_hook(lambda module, given, output: output * 0)
+    silenced = logits(model)
+    assert not torch.allclose(silenced, before, atol=1e-2)
+    expected = build("moe")
+    for expert in expected.model.decoder.layers[1].ffn.experts.values():
+        nn.init.zeros_(expert.fc2.weight)
+        nn.init.zeros_(expert.fc2.bias)
+    torch.testing.assert_close(silenced, logits(expected))
+    torch.testing.assert_close(logits_of_decoding(model), silenced[:, -1])
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_computes_the_same_from_weights_of_its_own(family, way):
+    model = build(family)
+    before = logits(model)
+    found = WAYS[way](model)
+    assert torch.equal(logits(found), before)
+    assert found.lm_head.weight is found.model.shared.weight
+    mine, its = dict(model.named_parameters()), dict(found.named_parameters())
+    assert mine.keys() == its.keys()
+    assert not {p.data_ptr() for p in mine.values()} & {p.data_ptr() for p in its.values()}
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.mul_(0.5)
+    assert not torch.allclose(logits(found), before, atol=1e-2)
+    torch.testing.assert_close(logits_of_decoding(found), logits(found)[:, -1])
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_of_a_model_with_adapters_has_them_too(way):
+    model = build("moe")
+    adapt(model, "model.decoder.layers.0.ffn.experts.expert_1.fc1")
+    adapt(model, "model.encoder.layers.0.ffn.fc1")
+    before = logits(model)
+    found = WAYS[way](model)
+    assert torch.equal(logits(found), before)
+    nn.init.zeros_(found.get_submodule("model.decoder.layers.0.ffn.experts.expert_1.fc1.up").weight)
+    assert not torch.equal(logits(found), before)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_casting_reaches_every_weight_and_keeps_ties(family, dtype):
+    model = build(family)
+    expected = logits(model)
+    parameters = list(model.parameters())
+    assert model.to(dtype) is model
+    assert model.dtype == dtype
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    # Optimizers hold on to them.
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model.lm_head.weight is model.model.shared.weight
+    found = logits(model)
+    assert found.dtype == dtype
+    # A choice of experts may flip where weights are rounded, so one norm for all.
+    share = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert share < {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float64: 1e-6}[dtype]
+    stepped = logits_of_decoding(model)
+    assert (stepped - found[:, -1]).norm() <= 0.02 * found[:, -1].norm()
+
+
+def test_half_is_float16():
+    model = build("moe").half()
+    assert model.dtype == torch.float16
+    assert model.model.decoder.layers[0].ffn.experts.stacked.up_proj.dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_was_emptied_can_be_filled_again(family):
+    state_dict = build(family).state_dict()
+    with torch.device("meta"):
+        model = type(build(family))(config_of(family)).eval()
+    model.to_empty(device="cpu")
+    assert model.device.type == "cpu"
+    assert model.lm_head.weight is model.model.shared.weight
+    model.load_state_dict(state_dict)
+    positions = build(family).core.positions.table
+    model.core.positions.table.copy_(positions)
+    assert torch.equal(logits(model), logits(build(family)))
+
+
+def other_weights(family):
+    """Return a state dict that no model of the tests has, and what it makes a model compute."""
+    model = build(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    return copy.deepcopy(model.state_dict()), logits(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_dict_loads_strictly(family, assign):
+    state_dict, expected = other_weights(family)
+    model = build(family)
+    report = model.load_state_dict(state_dict, assign=assign)
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits_of_decoding(model), expected[:, -1])
+    if assign:
+        # As everywhere in torch, names that were one are apart until they are tied again.
+        model.tie_weights()
+    assert model.lm_head.weight is model.model.shared.weight
+    with pytest.raises(RuntimeError, match=r"nonsense\.weight"):
+        model.load_state_dict(state_dict | {"nonsense.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_part_of_the_weights_can_be_loaded(assign):
+    state_dict, _ = other_weights("moe")
+    name = "model.decoder.layers.0.ffn.experts.expert_2.fc1.weight"
+    model, expected = build("moe"), build("moe")
+    report = model.load_state_dict({name: state_dict[name]}, strict=False, assign=assign)
+    assert len(report.missing_keys) == len(state_dict) - 1
+    with torch.no_grad():
+        expected.get_parameter(name).mul_(0.5)
+    assert torch.equal(logits(model), logits(expected))
+    assert not torch.equal(logits(model), logits(build("moe")))
+
+
+def test_a_model_on_the_meta_device_can_be_filled_piece_by_piece():
+    # As a checkpoint in shards is loaded without a copy.
+    expected = build("moe")
+    with torch.device("meta"):
+        model = type(expected)(config_of("moe")).eval()
+    items = list(copy.deepcopy(expected.state_dict()).items())
+    for piece in (items[:40], items[40:90], items[90:]):
+        model.load_state_dict(dict(piece), strict=False, assign=True)
+    model.tie_weights()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model), logits(expected))
+    stacked = model.model.decoder.layers[0].ffn.experts.stacked.up_proj
+    last = model.model.decoder.layers[0].ffn.experts.expert_3.fc1.weight
+    assert last.data_ptr() == stacked[3].data_ptr()
+
+
+def test_data_parallel_by_copies_is_refused_before_it_computes_with_stale_weights():
+    with pytest.raises(ConfigError, match="DistributedDataParallel"):
+        build("dense")._replicate_for_data_parallel()
