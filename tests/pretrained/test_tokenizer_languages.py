@@ -157,3 +157,12 @@ def test_copies_are_independent_and_keep_everything(case):
 def files(tokenizer):
     names = ("vocab_file", "spm_file")
     return {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
+
+
+def test_tokens_of_a_pair_may_stand_between_the_language_and_the_end(case):
+    tokenizer, _, _ = case
+    plain = tokenizer.tokenize("river", "lake")
+    assert plain == tokenizer.tokenize("river") + tokenizer.tokenize("lake")
+    framed = tokenizer.tokenize("river", pair="lake", add_special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(framed) == tokenizer("river", "lake")["input_ids"]
+    assert framed[1:-1] == plain

@@ -158,6 +158,30 @@ class TranslationVocabulary(TokenVocabulary):
             return first + [0] * len(self.suffix_tokens)
         return first + [1] * (len(token_ids_1) + len(self.suffix_tokens))
 
+    def tokenize(
+        self,
+        text: str,
+        pair: str | None = None,
+        add_special_tokens: bool = False,
+        *,
+        split_special_tokens: bool | None = None,
+    ) -> list[str]:
+        """Return the text's tokens.
+
+        Args:
+            text: The text. What looks like an added token in it becomes that token.
+            pair: A text behind it.
+            add_special_tokens: Whether the language and the end are put around them.
+            split_special_tokens: Whether what looks like an added token is cut like other text.
+        """
+        tokens = super().tokenize(text, split_special_tokens=split_special_tokens)
+        if pair is not None:
+            tokens += super().tokenize(pair, split_special_tokens=split_special_tokens)
+        if not add_special_tokens:
+            return tokens
+        before, after = map(self.convert_ids_to_tokens, (self.prefix_tokens, self.suffix_tokens))
+        return [*before, *tokens, *after]
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Return how many special tokens are put around a text or a pair."""
         return len(self.prefix_tokens) + len(self.suffix_tokens)
