@@ -2,7 +2,7 @@
 
 from moe_mt.checkpoints.fit import FreeBytes, check_fits, measure_free_bytes, model_bytes
 from moe_mt.checkpoints.load import load
-from moe_mt.checkpoints.published_config import read_config, read_json
+from moe_mt.checkpoints.published_config import parse_config, read_config, read_json
 from moe_mt.checkpoints.resolve import fetch_small_files, resolve
 from moe_mt.checkpoints.save import save, save_tensors
 from moe_mt.checkpoints.shards import open_shards
@@ -15,6 +15,7 @@ __all__ = [
     "measure_free_bytes",
     "model_bytes",
     "open_shards",
+    "parse_config",
     "read_config",
     "read_json",
     "resolve",

@@ -1,13 +1,14 @@
 """What a checkpoint folder says about its model: ``config.json``, read with care."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_mt.errors import CheckpointError, ConfigError
 from moe_mt.models import FAMILIES, Family, TransformerConfig
 
-__all__ = ["CONFIG_NAME", "read_config", "read_json"]
+__all__ = ["CONFIG_NAME", "parse_config", "read_config", "read_json"]
 
 CONFIG_NAME = "config.json"
 
@@ -56,14 +57,28 @@ def read_config(folder: Path) -> tuple[Family, TransformerConfig]:
         raise CheckpointError(
             f"{path} has {found}; the models that run here have one of {', '.join(FAMILIES)}"
         )
-    _check_types(published, family, path)
+    return family, parse_config(published, family, origin=str(path))
+
+
+def parse_config(published: Mapping[str, Any], family: Family, *, origin: str) -> TransformerConfig:
+    """Return the configuration that the fields of a ``config.json`` describe.
+
+    Args:
+        published: The fields.
+        family: Which family they are of.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: If a value is of the wrong type or out of range.
+    """
+    _check_types(published, family, origin)
     try:
-        return family, family.config_from_published(published)
+        return family.config_from_published(published)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{origin}: {error}") from error
 
 
-def _check_types(published: dict[str, Any], family: Family, path: Path) -> None:
+def _check_types(published: Mapping[str, Any], family: Family, origin: str) -> None:
     """Refuse values whose type is not that of the field's default; a null is a default."""
     defaults = family.config_to_published(family.config_from_published({}))
     for name, default in defaults.items():
@@ -72,6 +87,6 @@ def _check_types(published: dict[str, Any], family: Family, path: Path) -> None:
         # A bool counts as an int in Python, and must not as a size.
         if value is not None and type(value) not in expected:
             raise ConfigError(
-                f"{path}: {name} is {value!r}; expected a value like {default!r}, of type "
+                f"{origin}: {name} is {value!r}; expected a value like {default!r}, of type "
                 f"{expected[-1].__name__}"
             )

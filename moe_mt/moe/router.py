@@ -75,9 +75,16 @@ class Top2Router(nn.Module):
             return self._route(x, padding)
 
     def _route(self, x: Tensor, padding: Tensor | None) -> Routing:
-        bias = self.classifier.bias if self.has_bias else None
-        logits = router_logits(x, self.classifier.weight, bias, dtype=self.router_dtype)
+        logits = self._score(x)
         return self.choose(logits, padding, self.noise(logits))
+
+    def _score(self, x: Tensor) -> Tensor:
+        if type(self.classifier) is nn.Linear:
+            bias = self.classifier.bias if self.has_bias else None
+            return router_logits(x, self.classifier.weight, bias, dtype=self.router_dtype)
+        # LoRA or a quantised layer in its place is called as the module that it is.
+        wide = [p.dtype for p in self.classifier.parameters() if p.is_floating_point()]
+        return self.classifier(x.to(wide[0]) if wide else x).to(self.router_dtype)
 
     def choose(
         self, logits: Tensor, padding: Tensor | None = None, noise: Tensor | None = None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from moe_mt.checkpoints import fetch_small_files, read_json
+from moe_mt.checkpoints import fetch_small_files, parse_config, read_json
 from moe_mt.errors import CheckpointError, ConfigError
 from moe_mt.models import FAMILIES, TransformerConfig
 
@@ -44,6 +44,36 @@ COMMON_FIELDS: dict[str, Any] = {
     "sep_token_id": None,
 }
 """Fields that every configuration of transformers 4.x has, and their defaults."""
+
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+"""What reading a setting of generation gives that nobody set, as in transformers 4.x. They are not
+fields: only one that is set is written, and counts where a model has no generation settings."""
 
 LABELS = {0: "LABEL_0", 1: "LABEL_1"}
 
@@ -97,9 +127,11 @@ class PublishedConfig:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         # Called only for what is no attribute, so that an alias costs nothing elsewhere.
         target = type(self).attribute_map.get(name)
-        if target is None:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}")
-        return getattr(self, target)
+        if target is not None:
+            return getattr(self, target)
+        if name in GENERATION_DEFAULTS:
+            return GENERATION_DEFAULTS[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PublishedConfig) and self.to_dict() == other.to_dict()
@@ -250,7 +282,8 @@ class PublishedConfig:
         Raises:
             ConfigError: If a field describes no model.
         """
-        return FAMILIES[self.model_type].config_from_published(self.to_dict())
+        origin = f"this {type(self).__name__}"
+        return parse_config(self.to_dict(), FAMILIES[self.model_type], origin=origin)
 
 
 class M2M100Config(PublishedConfig):

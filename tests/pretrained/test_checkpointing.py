@@ -120,6 +120,15 @@ def test_a_trainable_layer_above_frozen_ones_gets_its_gradient(family, options):
     assert not model.get_input_embeddings()(SOURCE).requires_grad
 
 
+def test_frozen_embeddings_are_no_obstacle_unless_the_reentrant_way_is_asked_for():
+    model = checkpointed("dense", None)
+    model.requires_grad_(False)
+    trained = model.get_encoder().layers[0].fc1.weight.requires_grad_(True)
+    model(**TRAINING_BATCH).loss.backward()
+    expected = gradients(build("dense", **QUIET).train())[1]
+    torch.testing.assert_close(trained.grad, expected["model.encoder.layers.0.fc1.weight"])
+
+
 def test_a_standalone_decoder_is_checkpointed_over_a_memory_that_wants_gradients():
     results = []
     for enable in (False, True):

@@ -245,3 +245,12 @@ def test_the_default_mixture_of_experts_can_be_built_on_the_meta_device():
     assert model.num_parameters() == 128112 * 1024 + layers + feed_forward + 2 * norm
     assert round(model.num_parameters() / 1e9, 2) == 6.88
     assert len(model.encoder.layers[3].ffn.experts) == 128
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_of_generation_can_be_read_and_are_written_only_where_they_were_set(family):
+    config = class_of(family, "Config")()
+    assert (config.max_length, config.num_beams, config.forced_bos_token_id) == (20, 1, None)
+    assert "max_length" not in config.to_dict()
+    config.max_length = 50
+    assert json.loads(config.to_json_string())["max_length"] == 50

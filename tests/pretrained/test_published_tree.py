@@ -1,27 +1,20 @@
 """The published names over the one architecture: what is done to the tree is done to the model."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from torch import nn
 
-from moe_mt import ConfigError
 from moe_mt.models import FAMILIES as FACTS
 from moe_mt.models import TIED_KEYS
 from tests.pretrained.tiny_models import (
     BATCH,
     FAMILIES,
     MASK,
-    QUIET,
     SOURCE,
     TARGET,
     adapt,
     build,
     config_of,
-    gradients,
     logits,
     logits_of_decoding,
 )
@@ -40,6 +33,8 @@ ADAPTED = [
     ("moe", "model.decoder.layers.0.cross_attention.q_proj"),
     ("moe", "model.encoder.layers.1.ffn.experts.expert_2.fc1"),
     ("moe", "model.decoder.layers.1.ffn.experts.expert_0.fc2"),
+    ("moe", "model.encoder.layers.1.ffn.router.classifier"),
+    ("moe", "model.decoder.layers.0.ffn.router.classifier"),
     ("moe", "lm_head"),
 ]
 
@@ -256,219 +251,7 @@ def test_dropout_is_active_in_the_part_that_is_in_training(family):
     assert torch.equal(logits(model), logits(model))
 
 
-HOOKED = [
-    ("dense", "model.encoder.layers.1", True),
-    ("dense", "model.decoder.layers.0.encoder_attn.q_proj", True),
-    ("dense", "model.decoder.layers.0.self_attn", True),
-    ("dense", "model.encoder.layers.0.fc1", True),
-    ("dense", "model.decoder", True),
-    ("dense", "lm_head", True),
-    ("moe", "model.decoder.layers.1", True),
-    ("moe", "model.decoder.layers.1.ffn.experts", True),
-    # Some expert is chosen by some token; which one is not known, so all are listened to.
-    ("moe", "model.decoder.layers.1.ffn.experts.expert_*", False),
-    ("moe", "model.encoder.layers.1.ffn.experts.expert_*.fc2", False),
-]
-
-
-@pytest.mark.parametrize(("family", "path", "every"), HOOKED)
-def test_forward_hooks_see_what_passes(family, path, every):
-    model = build(family)
-    before = logits(model)
-    seen = []
-    paths = [path] if every else [path.replace("*", str(index)) for index in range(4)]
-    handles = []
-    for one in paths:
-        module = model.get_submodule(one)
-        handles += [
-            module.register_forward_pre_hook(lambda module, given: seen.append("before")),
-            module.register_forward_hook(lambda module, given, output: seen.append("after")),
-        ]
-    torch.testing.assert_close(logits(model), before)
-    assert seen
-    assert seen == ["before", "after"] * (len(seen) // 2)
-    seen.clear()
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(logits(model), before)
-    assert not seen
-
-
-@pytest.mark.parametrize("part", ["", "fc1"])
-def test_backward_hooks_of_experts_see_gradients(part):
-    model = build("moe", **QUIET).train()
-    loss, expected = gradients(model)
-    seen = []
-    for expert in model.model.decoder.layers[0].ffn.experts.values():
-        expert.get_submodule(part).register_full_backward_hook(
-            lambda module, given, output: seen.append(output[0].norm())
-        )
-    found_loss, found = gradients(model)
-    assert seen
-    assert max(seen) > 0
-    torch.testing.assert_close(found_loss, loss)
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_hook_can_change_what_an_expert_says():
-    model = build("moe")
-    before = logits(model)
-    experts = model.model.decoder.layers[1].ffn.experts
-    for expert in experts.values():
-        expert.register_forward_hook(lambda module, given, output: output * 0)
-    silenced = logits(model)
-    assert not torch.allclose(silenced, before, atol=1e-2)
-    expected = build("moe")
-    for expert in expected.model.decoder.layers[1].ffn.experts.values():
-        nn.init.zeros_(expert.fc2.weight)
-        nn.init.zeros_(expert.fc2.bias)
-    torch.testing.assert_close(silenced, logits(expected))
-    torch.testing.assert_close(logits_of_decoding(model), silenced[:, -1])
-
-
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-WAYS = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": saved_and_loaded,
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_copy_computes_the_same_from_weights_of_its_own(family, way):
-    model = build(family)
-    before = logits(model)
-    found = WAYS[way](model)
-    assert torch.equal(logits(found), before)
-    assert found.lm_head.weight is found.model.shared.weight
-    mine, its = dict(model.named_parameters()), dict(found.named_parameters())
-    assert mine.keys() == its.keys()
-    assert not {p.data_ptr() for p in mine.values()} & {p.data_ptr() for p in its.values()}
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.mul_(0.5)
-    assert not torch.allclose(logits(found), before, atol=1e-2)
-    torch.testing.assert_close(logits_of_decoding(found), logits(found)[:, -1])
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_copy_of_a_model_with_adapters_has_them_too(way):
-    model = build("moe")
-    adapt(model, "model.decoder.layers.0.ffn.experts.expert_1.fc1")
-    adapt(model, "model.encoder.layers.0.ffn.fc1")
-    before = logits(model)
-    found = WAYS[way](model)
-    assert torch.equal(logits(found), before)
-    nn.init.zeros_(found.get_submodule("model.decoder.layers.0.ffn.experts.expert_1.fc1.up").weight)
-    assert not torch.equal(logits(found), before)
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_casting_reaches_every_weight_and_keeps_ties(family, dtype):
-    model = build(family)
-    expected = logits(model)
-    parameters = list(model.parameters())
-    assert model.to(dtype) is model
-    assert model.dtype == dtype
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    # Optimizers hold on to them.
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert model.lm_head.weight is model.model.shared.weight
-    found = logits(model)
-    assert found.dtype == dtype
-    # A choice of experts may flip where weights are rounded, so one norm for all.
-    share = (found.double() - expected.double()).norm() / expected.double().norm()
-    assert share < {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float64: 1e-6}[dtype]
-    stepped = logits_of_decoding(model)
-    assert (stepped - found[:, -1]).norm() <= 0.02 * found[:, -1].norm()
-
-
 def test_half_is_float16():
     model = build("moe").half()
     assert model.dtype == torch.float16
     assert model.model.decoder.layers[0].ffn.experts.stacked.up_proj.dtype == torch.float16
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_was_emptied_can_be_filled_again(family):
-    state_dict = build(family).state_dict()
-    with torch.device("meta"):
-        model = type(build(family))(config_of(family)).eval()
-    model.to_empty(device="cpu")
-    assert model.device.type == "cpu"
-    assert model.lm_head.weight is model.model.shared.weight
-    model.load_state_dict(state_dict)
-    positions = build(family).core.positions.table
-    model.core.positions.table.copy_(positions)
-    assert torch.equal(logits(model), logits(build(family)))
-
-
-def other_weights(family):
-    """Return a state dict that no model of the tests has, and what it makes a model compute."""
-    model = build(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    return copy.deepcopy(model.state_dict()), logits(model)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_state_dict_loads_strictly(family, assign):
-    state_dict, expected = other_weights(family)
-    model = build(family)
-    report = model.load_state_dict(state_dict, assign=assign)
-    assert not report.missing_keys
-    assert not report.unexpected_keys
-    assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits_of_decoding(model), expected[:, -1])
-    if assign:
-        # As everywhere in torch, names that were one are apart until they are tied again.
-        model.tie_weights()
-    assert model.lm_head.weight is model.model.shared.weight
-    with pytest.raises(RuntimeError, match=r"nonsense\.weight"):
-        model.load_state_dict(state_dict | {"nonsense.weight": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_part_of_the_weights_can_be_loaded(assign):
-    state_dict, _ = other_weights("moe")
-    name = "model.decoder.layers.0.ffn.experts.expert_2.fc1.weight"
-    model, expected = build("moe"), build("moe")
-    report = model.load_state_dict({name: state_dict[name]}, strict=False, assign=assign)
-    assert len(report.missing_keys) == len(state_dict) - 1
-    with torch.no_grad():
-        expected.get_parameter(name).mul_(0.5)
-    assert torch.equal(logits(model), logits(expected))
-    assert not torch.equal(logits(model), logits(build("moe")))
-
-
-def test_a_model_on_the_meta_device_can_be_filled_piece_by_piece():
-    # As a checkpoint in shards is loaded without a copy.
-    expected = build("moe")
-    with torch.device("meta"):
-        model = type(expected)(config_of("moe")).eval()
-    items = list(copy.deepcopy(expected.state_dict()).items())
-    for piece in (items[:40], items[40:90], items[90:]):
-        model.load_state_dict(dict(piece), strict=False, assign=True)
-    model.tie_weights()
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    assert torch.equal(logits(model), logits(expected))
-    stacked = model.model.decoder.layers[0].ffn.experts.stacked.up_proj
-    last = model.model.decoder.layers[0].ffn.experts.expert_3.fc1.weight
-    assert last.data_ptr() == stacked[3].data_ptr()
-
-
-def test_data_parallel_by_copies_is_refused_before_it_computes_with_stale_weights():
-    with pytest.raises(ConfigError, match="DistributedDataParallel"):
-        build("dense")._replicate_for_data_parallel()
