@@ -448,6 +448,12 @@ def test_bad_input_is_named(model, options, message):
         model.generate(SOURCES, **options)
 
 
+@pytest.mark.parametrize("inputs", [{"input_ids": SOURCES}, SOURCES.tolist(), ["a text"]])
+def test_a_source_that_is_no_tensor_is_answered_with_how_to_pass_it(model, inputs):
+    with pytest.raises(ValueError, match=r"generate\(\*\*inputs\)"):
+        model.generate(inputs)
+
+
 def test_a_cache_of_other_sentences_is_refused(model):
     past = ((torch.zeros(3, 2, 1, 8),) * 4,)
     with pytest.raises(InputError, match="past_key_values have 3 rows; expected 2"):

@@ -94,6 +94,12 @@ def find_source(
     }
     name, value = next(pair for pair in given.items() if pair[1] is not None)
     tensor: Tensor = value[0] if name == "encoder_outputs" else value
+    if not isinstance(tensor, Tensor):
+        # The commonest of these is a tokenizer's output handed over whole.
+        raise InputError(
+            f"{name} is a {type(tensor).__name__}; expected a tensor: pass a tokenizer's output as "
+            'generate(**inputs), made with return_tensors="pt"'
+        )
     shape, mask = tensor.shape[:2], arguments.get("attention_mask")
     if mask is None and name == "input_ids":
         mask = _inferred_mask(tensor, special)
