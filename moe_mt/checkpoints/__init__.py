@@ -1,5 +1,6 @@
 """Files → weights, and back: fetch, check, load and save models in the published layout."""
 
+from moe_mt.checkpoints.fill import copy_checked
 from moe_mt.checkpoints.fit import FreeBytes, check_fits, measure_free_bytes, model_bytes
 from moe_mt.checkpoints.load import load
 from moe_mt.checkpoints.published_config import parse_config, read_config, read_json
@@ -10,6 +11,7 @@ from moe_mt.checkpoints.shards import open_shards
 __all__ = [
     "FreeBytes",
     "check_fits",
+    "copy_checked",
     "fetch_small_files",
     "load",
     "measure_free_bytes",

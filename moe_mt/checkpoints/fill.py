@@ -7,7 +7,7 @@ from moe_mt.checkpoints.fit import parameter_dtype
 from moe_mt.errors import CheckpointError, PlacementError
 from moe_mt.models import Family, Location, Seq2SeqTransformer, TransformerConfig
 
-__all__ = ["FLOAT_DTYPES", "Filling"]
+__all__ = ["FLOAT_DTYPES", "Filling", "copy_checked"]
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of weights, in files and in models."""
@@ -86,7 +86,7 @@ class Filling:
         if first is not None:
             _require_equal(label, first, target, source)
             return 0
-        _copy_checked(label, target, source)
+        copy_checked(label, target, source)
         self._filled[_slot(location)] = key
         return target.numel() * target.element_size()
 
@@ -168,7 +168,12 @@ def _check_form(label: str, source: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _copy_checked(label: str, target: Tensor, source: Tensor) -> None:
+def copy_checked(label: str, target: Tensor, source: Tensor) -> None:
+    """Copy a tensor into another of its shape, chunk by chunk.
+
+    Raises:
+        CheckpointError: If a value is not finite, or not in the target's dtype.
+    """
     for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
         into.copy_(out_of)
         # The extremes are NaN where any element is, so two numbers vouch for the whole chunk.

@@ -119,7 +119,12 @@ def _local_folder(name: str | os.PathLike[str]) -> Path | None:
             f"the model name is {text!r}; give a hub id such as facebook/nllb-200-distilled-600M, "
             "or the folder of a model"
         )
-    if text == "tiny":
+    if name == "tiny":
+        if (Path(text) / "config.json").exists():
+            raise CheckpointError(
+                'there is a model in the folder tiny, and "tiny" is also the model of this '
+                "package; give ./tiny for the folder, or call from another place for the model"
+            )
         return TINY
     path = Path(text).expanduser()
     try:

@@ -72,9 +72,10 @@ def save_tensors(
 ) -> None:
     """Write tensors as the weights of a model, and its ``config.json``, replacing earlier ones.
 
-    One tensor at a time is copied. Every file is written under another name first and renamed
-    when all are whole, so that a failure while writing leaves the folder as it was; to replace a
-    model in one step that nothing can split, save to a new folder and rename that.
+    One tensor at a time is copied; of a .bin file, all that are in it. Every file is written under
+    another name first and renamed when all are whole, so that a failure while writing leaves the
+    folder as it was; to replace a model in one step that nothing can split, save to a new folder
+    and rename that.
 
     Args:
         folder: Made if it does not exist.

@@ -41,9 +41,11 @@ class SinusoidalPositions(nn.Module):
         self.d_model = d_model
         self.pad_id = pad_id
         rows = max_positions + pad_id + 1
-        self.register_buffer(
-            "table", sinusoid_table(rows, d_model, pad_id, torch.device("cpu")), persistent=False
-        )
+        device = torch.get_default_device()
+        # On the meta device, sines cost seconds of imports; whoever builds there rebuilds it.
+        real = torch.device("cpu") if device.type == "meta" else device
+        table = sinusoid_table(rows, d_model, pad_id, real)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, tokens: Tensor, past_length: int = 0) -> Tensor:
         """Return (B, L, d_model): the position embedding of every token.

@@ -91,6 +91,7 @@ class PublishedConfig:
         "hidden_size": "d_model",
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # What code that was written for transformers' base class looks up.
     sub_configs: ClassVar[dict[str, Any]] = {}
     is_composition: ClassVar[bool] = False
     has_no_defaults_at_init: ClassVar[bool] = False

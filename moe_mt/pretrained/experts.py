@@ -117,10 +117,14 @@ class StackedExperts(nn.ModuleDict):
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         mixture = torch.zeros(x.shape, dtype=wide, device=x.device)
-        for index, expert in enumerate(self.values()):
-            rows, choices = (expert_ids == index).nonzero(as_tuple=True)
-            if len(rows) > 0:
-                output = expert(x[rows]) * gates[rows, choices, None]
+        # Sorted, so that the device is waited for once and not for each expert.
+        flat = expert_ids.flatten().long()
+        counts = torch.bincount(flat, minlength=len(self) + 1).tolist()
+        claims = flat.argsort(stable=True).split(counts)
+        for expert, claim in zip(self.values(), claims[:-1], strict=True):
+            if len(claim) > 0:
+                rows = claim // expert_ids.shape[1]
+                output = expert(x[rows]) * gates.flatten()[claim, None]
                 mixture = mixture.index_add(0, rows, output.to(wide))
         return mixture.to(x.dtype) if residual is None else (mixture + residual).to(x.dtype)
 

@@ -24,6 +24,7 @@ class PublishedLayer(View):
 
     def forward(self, x: Tensor, *arguments: Any) -> LayerOutput:  # noqa: ANN401
         """Apply the layer to ``x`` (B, L, d_model)."""
+        self.settle()
         if not isinstance(self.core, DecoderLayer):
             return self.core(x, *arguments)
         *before, length = arguments

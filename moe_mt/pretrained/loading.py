@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_mt.checkpoints import open_shards
+from moe_mt.checkpoints import copy_checked, open_shards
 from moe_mt.errors import CheckpointError
 from moe_mt.models import TIED_KEYS, Family
 
@@ -61,13 +61,18 @@ def fill(
         CheckpointError: If the files cannot be read, or a shape is wrong.
     """
     info = LoadingInfo()
-    targets = dict(model.named_parameters(remove_duplicate=False))
-    filled: set[str] = set()
     if state_dict is not None:
+        keys = tuple(state_dict)
         tensors: Iterable[tuple[str, Any]] = ((k, lambda t=t: t) for k, t in state_dict.items())
     else:
         assert folder is not None
-        tensors = open_shards(folder)
+        tensors = shards = open_shards(folder)
+        keys = shards.keys
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    if not model.config.tie_word_embeddings:
+        _untie_sides(model, {_name_in(model, targets, key) for key in keys})
+        targets = dict(model.named_parameters(remove_duplicate=False))
+    filled: dict[str, str] = {}
     for key, read in tensors:
         name = _name_in(model, targets, key)
         if name is None:
@@ -78,8 +83,15 @@ def fill(
         if source.shape != target.shape:
             info.mismatched_keys.append((name, tuple(source.shape), tuple(target.shape)))
             continue
-        target.copy_(source)
-        filled.add(name)
+        earlier = next((key for n, key in filled.items() if targets[n] is target), None)
+        if earlier is None:
+            copy_checked(key, target, source)
+        elif not torch.equal(target, source.to(target)):
+            raise CheckpointError(
+                f"{key} and {earlier} differ, and are one weight in this model; load it with "
+                "tie_word_embeddings=False if they were trained apart"
+            )
+        filled[name] = key
     if info.mismatched_keys and not ignore_mismatched_sizes:
         name, found, expected = info.mismatched_keys[0]
         raise CheckpointError(
@@ -89,6 +101,17 @@ def fill(
         )
     _complete(model, targets, filled, info)
     return info
+
+
+def _untie_sides(model: Any, names: set[str | None]) -> None:  # noqa: ANN401
+    """Give each side whose own embedding is in the files one that is not the other's."""
+    shared = model.get_input_embeddings()
+    for side in (model.get_encoder(), model.get_decoder()) if hasattr(model, "get_encoder") else ():
+        owner = next(name for name, module in model.named_modules() if module is side)
+        if f"{owner}.embed_tokens.weight" in names and side.embed_tokens is shared:
+            weight = torch.empty_like(shared.weight)
+            rows, width = weight.shape
+            side.embed_tokens = nn.Embedding(rows, width, shared.padding_idx, _weight=weight)
 
 
 def _name_in(model: Any, targets: Mapping[str, Tensor], key: str) -> str | None:  # noqa: ANN401
@@ -108,7 +131,7 @@ def _name_in(model: Any, targets: Mapping[str, Tensor], key: str) -> str | None:
 def _complete(
     model: Any,  # noqa: ANN401
     targets: Mapping[str, Tensor],
-    filled: set[str],
+    filled: Iterable[str],
     info: LoadingInfo,
 ) -> None:
     """Fill what is tied to something that was filled, and initialise the rest."""

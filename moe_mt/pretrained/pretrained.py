@@ -39,6 +39,7 @@ class PreTrainedModel(View):
     side: ClassVar[str] = ""
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
+    # What code that was written for transformers' base class looks up.
     _tied_weights_keys: ClassVar[tuple[str, ...] | None] = None
     _no_split_modules: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...] | None] = None
@@ -243,6 +244,7 @@ class PreTrainedModel(View):
                 raise ConfigError(f"save_pretrained cannot do {name}={value!r}; write to a folder")
         if not is_main_process:
             return
+        self._check_generation_config()
         self.config.architectures = [type(self).__name__]
         self.config.torch_dtype = self.dtype
         save_tensors(
@@ -256,6 +258,9 @@ class PreTrainedModel(View):
 
     def _read_generation_config(self, folder: Path | None) -> None:
         """Take the folder's generation settings; nothing here generates."""
+
+    def _check_generation_config(self) -> None:
+        """Raise, before anything is written, if the generation settings are not allowed."""
 
     def _write_generation_config(self, folder: Path) -> None:
         """Write the generation settings; nothing here generates."""

@@ -10,6 +10,8 @@ from moe_mt.errors import ConfigError
 
 __all__ = ["resize_embeddings", "wanted_rows"]
 
+SAMPLE = 4096
+
 SPREAD = 1e-5
 """Of the old rows' covariance, the share that new rows have."""
 
@@ -57,7 +59,8 @@ def resize_embeddings(model: Any, rows: int, mean_resizing: bool) -> None:  # no
         model._tied(),
     )
     resize = partial(_resized, rows=rows, std=config.init_std, mean=mean_resizing)
-    pad = config.pad_token_id if config.pad_token_id < rows else None
+    pad = config.pad_token_id
+    pad = pad if pad is not None and pad < rows else None
     made = nn.Embedding(rows, embedding.weight.shape[1], pad, _weight=resize(embedding.weight))
     made.weight.requires_grad_(embedding.weight.requires_grad)
     model.set_input_embeddings(made)
@@ -81,9 +84,12 @@ def _resized(weight: Tensor, rows: int, std: float, mean: bool) -> Tensor:
     if not mean:
         new.normal_(0, std)
         return resized
-    centre = weight.float().mean(0)
-    # A mixture of the old rows' deviations has their covariance without computing it.
-    deviations = (weight.float() - centre) * (SPREAD / max(1, len(weight) - 1)) ** 0.5
-    mixture = torch.randn(len(new), len(weight), device=weight.device)
-    new.copy_(centre + mixture @ deviations)
+    centre = weight.mean(0, dtype=torch.float32)
+    # A mixture of old rows' deviations has their covariance without computing it; a sample of the
+    # rows is enough of them.
+    sample = weight[torch.randperm(len(weight), device=weight.device)[:SAMPLE]].float()
+    deviations = (sample - centre) * (SPREAD / max(1, len(sample) - 1)) ** 0.5
+    for piece in new.split(SAMPLE):
+        mixture = torch.randn(len(piece), len(sample), device=weight.device)
+        piece.copy_(centre + mixture @ deviations)
     return resized

@@ -259,6 +259,16 @@ class EncoderDecoderWithHead(PreTrainedModel, GenerationMixin):
 
     # What generation needs.
 
+    def decodes_fast(self) -> bool:
+        """Whether decoding may pass by ``forward``, which nobody has changed or watches."""
+        own = (type(self).forward, type(self).prepare_inputs_for_generation)
+        ours = all(method.__module__.startswith("moe_mt.") for method in own)
+        replaced = {"forward", "prepare_inputs_for_generation"} & self.__dict__.keys()
+        layers: Any = self.model.decoder.layers
+        watched = (self, self.model, self.model.decoder, *layers)
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in watched)
+        return ours and not replaced and not hooks
+
     def new_cache(
         self, memory: Tensor, source_mask: Tensor | None, beams: int = 1, capacity: int = 32
     ) -> KVCache:
@@ -318,6 +328,10 @@ class EncoderDecoderWithHead(PreTrainedModel, GenerationMixin):
             self.generation_config = PublishedGenerationConfig.from_pretrained(folder)
         else:
             self.generation_config = PublishedGenerationConfig.from_model_config(self.config)
+
+    def _check_generation_config(self) -> None:
+        if self.generation_config is not None:
+            self.generation_config.validate()
 
     def _write_generation_config(self, folder: Path) -> None:
         self.generation_config.save_pretrained(folder)

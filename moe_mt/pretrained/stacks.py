@@ -305,6 +305,8 @@ class PublishedDecoder(_Stack):
         # Layers may have been put in or taken out of the published list since.
         layers: Any = self.layers
         self.stack.layers = nn.ModuleList(layer.core for layer in layers)
+        for view in (self, *layers):
+            view.settle()
         return self.core.new_cache(memory, source_mask, beams, capacity)
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:

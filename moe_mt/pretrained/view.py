@@ -38,11 +38,26 @@ class View(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         super().__setattr__(name, value)
-        place = self.__dict__.get("places", {}).get(name)
-        if place is not None and isinstance(value, nn.Module):
-            owner, _, leaf = place.rpartition(".")
-            computing = value.core if isinstance(value, View) else value
-            setattr(self.core.get_submodule(owner), leaf, computing)
+        if name in self.__dict__.get("places", {}) and isinstance(value, nn.Module):
+            self._put(name, value)
+
+    def settle(self) -> None:
+        """Let ``core`` compute with what stands under the published names, however it came there.
+
+        Some libraries put their layers into ``_modules``, past ``__setattr__``.
+        """
+        for name, child in self._modules.items():
+            if name in self.places and child is not None:
+                self._put(name, child)
+            if isinstance(child, View):
+                child.settle()
+
+    def _put(self, name: str, child: nn.Module) -> None:
+        owner, _, leaf = self.places[name].rpartition(".")
+        module = self.core.get_submodule(owner)
+        computing = child.core if isinstance(child, View) else child
+        if getattr(module, leaf, None) is not computing:
+            setattr(module, leaf, computing)
 
     def train(self, mode: bool = True) -> "View":
         """Set training mode here, in the children, and in what computes."""

@@ -82,8 +82,10 @@ def pipeline(
     }
     for name in ("trust_remote_code", "use_fast"):
         options.pop(name, None)
-    opened = {**(model_kwargs or {}), "torch_dtype": torch_dtype if dtype is None else dtype}
+    opened = {**(model_kwargs or {})}
     opened |= {name: options.pop(name) for name in ("config", "device_map") if name in options}
+    if dtype is not None or torch_dtype is not None:
+        opened["torch_dtype"] = torch_dtype if dtype is None else dtype
     named = model if isinstance(model, (str, os.PathLike)) else None
     if isinstance(model, (str, os.PathLike)):
         model = AutoModelForSeq2SeqLM.from_pretrained(model, **hub, **opened)
@@ -213,6 +215,10 @@ class TranslationPipeline:
                 f"src_lang is {languages[0]!r} and tgt_lang is {languages[1]!r}; a translation "
                 "needs both, in the call or in pipeline(...)"
             )
+        src_lang, tgt_lang = (
+            self.tokenizer._code(language, name)
+            for language, name in zip(languages, ("src_lang", "tgt_lang"), strict=True)
+        )
         return_type = merged.pop("return_type", None)
         as_text = merged.pop("return_text", None)
         as_ids = merged.pop("return_tensors", None) or return_type == 0
@@ -221,8 +227,8 @@ class TranslationPipeline:
             # Else a limit that nobody here asked for, of the model or of pipelines, would win.
             merged["max_new_tokens"] = merged.pop("max_length") - 1
         return _Call(
-            src_lang=languages[0],
-            tgt_lang=languages[1],
+            src_lang=src_lang,
+            tgt_lang=tgt_lang,
             as_ids=bool(as_ids) and not as_text,
             clean_up=merged.pop("clean_up_tokenization_spaces", False),
             truncation=merged.pop("truncation", None),
@@ -288,7 +294,8 @@ class TranslationPipeline:
             if forced is not None:
                 given["forced_bos_token_id"] = forced
             with torch.no_grad():
-                sequences = self.model.generate(**{**given, **call.generate})
+                output = self.model.generate(**{**given, **call.generate})
+            sequences: Any = getattr(output, "sequences", output)
             sequences = sequences.view(len(batch), -1, sequences.shape[-1])
             for place, index in enumerate(batch):
                 found[index] = sequences[place].cpu()
@@ -297,7 +304,7 @@ class TranslationPipeline:
             item.sequences = [next(sequences) for _ in item.encoded]
 
     def _results(self, item: _Text, call: "_Call") -> list[dict[str, Any]]:
-        warnings = self._warnings(item)
+        warnings = self._warnings(item, call)
         for warning in warnings:
             logger.warning("%.40r: %s", item.text, warning)
         flags = {"warnings": warnings} if warnings else {}
@@ -322,15 +329,20 @@ class TranslationPipeline:
         texts = [next(translated) if segment.text else "" for segment in item.segments]
         return join_segments(item.segments, texts, call.src_lang, call.tgt_lang)
 
-    def _warnings(self, item: _Text) -> list[str]:
+    def _warnings(self, item: _Text, call: "_Call") -> list[str]:
         warnings: list[str] = []
         if len(item.segments) > 1:
             warnings.append(
                 f"split: the text has more than {self.max_input_tokens} tokens and was translated "
                 f"in {len(item.segments)} parts"
             )
-        eos = self.model.config.eos_token_id
-        if any((ids[:, 1:] != eos).all(1).any() for ids in item.sequences if ids is not None):
+        ends = call.end_marks(self.model.config)
+        # Where other criteria may have ended it, an output without an end mark is no sign.
+        if ends is not None and any(
+            not torch.isin(ids[:, 1:], ends).any(1).all()
+            for ids in item.sequences
+            if ids is not None
+        ):
             warnings.append(
                 "length: the output reached its limit before it ended; raise max_new_tokens"
             )
@@ -357,6 +369,14 @@ class _Call:
     truncation: Any
     batch_size: int
     generate: dict[str, Any]
+
+    def end_marks(self, config: Any) -> Tensor | None:  # noqa: ANN401
+        """Return the tokens that end an output, ``None`` where something else may end it."""
+        if self.generate.get("stop_strings") or self.generate.get("stopping_criteria"):
+            return None
+        settings = self.generate["generation_config"]
+        ends = self.generate.get("eos_token_id") or settings.eos_token_id or config.eos_token_id
+        return torch.tensor(ends if isinstance(ends, (list, tuple)) else [ends])
 
 
 def _languages_in(task: str) -> tuple[str, str] | None:

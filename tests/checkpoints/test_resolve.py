@@ -379,3 +379,16 @@ def test_a_disk_that_fills_while_fetching_is_named(tmp_path, serve, monkeypatch)
     monkeypatch.setattr(checkpoints.hub, "snapshot_download", full)
     assert "No space left on device" in refusal()
     assert shutil.disk_usage(tmp_path).free > 0
+
+
+def test_a_local_model_called_tiny_is_not_confused_with_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = fetch_small_files("tiny")
+    (tmp_path / "tiny").mkdir()
+    # A folder without a model in it is none.
+    assert fetch_small_files("tiny") == packaged
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"\./tiny"):
+        fetch_small_files("tiny")
+    for local in ("./tiny", Path("tiny"), str(tmp_path / "tiny")):
+        assert fetch_small_files(local).resolve() == tmp_path / "tiny"

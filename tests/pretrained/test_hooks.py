@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from tests.pretrained.tiny_models import (
+    FAMILIES,
     QUIET,
+    SOURCE,
     build,
+    class_of,
     gradients,
     logits,
     logits_of_decoding,
@@ -80,3 +83,32 @@ def test_a_hook_can_change_what_an_expert_says():
         nn.init.zeros_(expert.fc2.bias)
     torch.testing.assert_close(silenced, logits(expected))
     torch.testing.assert_close(logits_of_decoding(model), silenced[:, -1])
+
+
+class Favouring(class_of("dense")):
+    """A subclass whose forward pass wants token 7."""
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits[..., 7] = 1e3
+        return output
+
+
+def test_generation_goes_through_a_forward_pass_of_ones_own():
+    model = build("dense")
+    own = Favouring(model.config).eval()
+    own.load_state_dict(model.state_dict())
+    assert own.generate(SOURCE, max_new_tokens=4).tolist() == [[2, 7, 7, 7, 7]] * 2
+    assert model.generate(SOURCE, max_new_tokens=4).tolist() != [[2, 7, 7, 7, 7]] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("path", ["model.decoder", "model.decoder.layers.0"])
+def test_generation_calls_the_hooks_of_what_it_would_else_pass_by(family, path):
+    model, seen = build(family), []
+    handle = model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    with_hook = model.generate(SOURCE, max_new_tokens=3, min_new_tokens=3)
+    assert len(seen) == 3
+    handle.remove()
+    assert torch.equal(model.generate(SOURCE, max_new_tokens=3, min_new_tokens=3), with_hook)
+    assert len(seen) == 3

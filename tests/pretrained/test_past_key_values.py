@@ -180,3 +180,17 @@ def test_labels_and_a_cache_go_together():
     output = build("moe")(**TRAINING_BATCH)
     assert output.loss.dim() == 0
     assert len(output.past_key_values[0]) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_memory_of_another_length_is_not_taken_for_the_cached_one(family):
+    model = build(family)
+    with torch.no_grad():
+        past = model(**BATCH).past_key_values
+        shorter = {"input_ids": SOURCE[:, :3], "decoder_input_ids": TARGET[:, :1]}
+        found = model(**shorter, past_key_values=past).past_key_values
+        expected = model(**shorter).past_key_values
+    for layer, fresh in zip(found, expected, strict=True):
+        assert layer[2].shape[2] == 3
+        assert torch.equal(layer[2], fresh[2])
+        assert torch.equal(layer[3], fresh[3])

@@ -1,5 +1,7 @@
 """The published names over the one architecture: what is done to the tree is done to the model."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -255,3 +257,30 @@ def test_half_is_float16():
     model = build("moe").half()
     assert model.dtype == torch.float16
     assert model.model.decoder.layers[0].ffn.experts.stacked.up_proj.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("dense", "model.decoder.layers.0.fc2"),
+        ("dense", "model.decoder.layers.1.encoder_attn_layer_norm"),
+        ("moe", "model.encoder.layers.0.ffn.fc1"),
+    ],
+)
+def test_what_a_library_writes_into_modules_is_used(family, path):
+    """Quantisation libraries put their layers there, past every ``__setattr__``."""
+    model = build(family)
+    by_name = build(family)
+    owner, _, name = path.rpartition(".")
+    for changed, put in (
+        (by_name, lambda module, new: setattr(module, name, new)),
+        (model, lambda module, new: module._modules.update({name: new})),
+    ):
+        module = changed.get_submodule(owner)
+        new = copy.deepcopy(getattr(module, name))
+        with torch.no_grad():
+            new.weight.mul_(3)
+        put(module, new)
+    assert torch.equal(logits(model), logits(by_name))
+    assert not torch.allclose(logits(model), logits(build(family)), atol=1e-3)
+    torch.testing.assert_close(logits_of_decoding(model), logits(model)[:, -1])

@@ -414,3 +414,40 @@ def test_the_translator_does_not_take_a_head_of_its_own_for_the_embedding(tmp_pa
     build("dense", tie_word_embeddings=False).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differ"):
         load(tmp_path, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sides_with_embeddings_of_their_own_keep_them_where_nothing_is_tied(family, tmp_path):
+    model = build(family, tie_word_embeddings=False)
+    own = torch.nn.Embedding.from_pretrained(torch.randn(60, 16), freeze=False, padding_idx=1)
+    model.model.encoder.embed_tokens = own
+    model.save_pretrained(tmp_path)
+    loaded = class_of(family).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(loaded.get_encoder().embed_tokens.weight, own.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_a_tied_weight_that_differ_are_refused(family, tmp_path):
+    model = build(family)
+    model.model.encoder.embed_tokens = torch.nn.Embedding(60, 16, padding_idx=1)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.*tie_word_embeddings=False"):
+        class_of(family).from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = build("dense")
+    with torch.no_grad():
+        model.model.encoder.layers[0].fc1.bias[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"fc1.bias holds nan"):
+        class_of("dense").from_pretrained(tmp_path)
+
+
+def test_settings_of_generation_that_are_not_allowed_are_found_before_anything_is_written(tmp_path):
+    model = build("dense")
+    model.generation_config.num_beams = 0
+    with pytest.raises(ConfigError, match="num_beams"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

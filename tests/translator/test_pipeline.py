@@ -9,6 +9,7 @@ import torch
 from moe_mt.errors import CheckpointError, ConfigError, InputError
 from moe_mt.pretrained import AutoModelForSeq2SeqLM, AutoTokenizer
 from moe_mt.translator import TranslationPipeline, pipeline
+from tests.pretrained.tiny_models import build
 
 FRENCH = {"src_lang": "eng_Latn", "tgt_lang": "fra_Latn"}
 
@@ -112,9 +113,75 @@ def test_generation_options_reach_generate(parts):
 
 
 def test_the_defaults_of_pipelines_fill_in_where_the_model_says_nothing(parts):
-    model, tokenizer = parts
-    config = TranslationPipeline(model, tokenizer).generation_config
-    assert (config.num_beams, config.max_new_tokens) == (4, model.generation_config.max_new_tokens)
+    tokenizer = parts[1]
+    model = build("moe")
+    assert (model.generation_config.num_beams, model.generation_config.max_new_tokens) == (1, None)
+    silent = TranslationPipeline(model, tokenizer).generation_config
+    assert (silent.num_beams, silent.max_new_tokens) == (4, 256)
+    model.generation_config.num_beams = 2
+    model.generation_config.max_length = 30
+    speaking = TranslationPipeline(model, tokenizer).generation_config
+    assert (speaking.num_beams, speaking.max_new_tokens, speaking.max_length) == (2, None, 30)
+
+
+def test_what_says_how_to_open_a_model_reaches_it():
+    opened = pipeline("translation", "tiny", model_kwargs={"torch_dtype": torch.float16}, **FRENCH)
+    assert opened.model.dtype == torch.float16
+    config = AutoModelForSeq2SeqLM.from_pretrained("tiny").config
+    config.output_attentions = True
+    opened = pipeline("translation", "tiny", config=config, device_map="cpu", **FRENCH)
+    assert opened.model.config.output_attentions
+
+
+def test_a_device_is_a_number_or_a_name(parts):
+    assert pipeline("translation", *parts, device=-1).device == torch.device("cpu")
+    moved = pipeline("translation", *parts_of_tiny(), device="meta")
+    assert moved.device == torch.device("meta")
+
+
+def parts_of_tiny():
+    """Fresh ones, to be spoiled."""
+    return AutoModelForSeq2SeqLM.from_pretrained("tiny"), AutoTokenizer.from_pretrained("tiny")
+
+
+def test_languages_may_be_named_and_parts_are_joined_as_their_scripts_want(parts):
+    translate = pipeline("translation", *parts, max_input_tokens=12)
+    text = "9小时前。9小时前。"
+    results = [
+        translate(text, src_lang=source, tgt_lang="eng_Latn")[0]["translation_text"]
+        for source in ("zho_Hans", "Chinese (Simplified)")
+    ]
+    assert results[0] == results[1]
+    # Chinese has no space between sentences, and English wants one.
+    assert results[0].count("9 hours ago") == 2
+    assert "ago9" not in results[0].replace(".", "")
+
+
+def test_text_is_cleaned_up_only_on_request(parts):
+    class Plain:
+        """Decodes as it is told to."""
+
+        def __getattr__(self, name):
+            return getattr(parts[1], name)
+
+        def batch_decode(self, ids, clean_up_tokenization_spaces, **options):
+            return [str(clean_up_tokenization_spaces)] * len(ids)
+
+    translate = TranslationPipeline(parts[0], Plain(), **FRENCH)
+    assert texts_of(translate("in 9 minutes")) == ["False"]
+    assert texts_of(translate("in 9 minutes", clean_up_tokenization_spaces=True)) == ["True"]
+
+
+def test_other_ways_to_end_are_not_taken_for_the_limit(parts, translate):
+    eos = parts[0].config.eos_token_id
+    assert "warnings" not in translate("in 9 minutes", eos_token_id=[eos, 7])[0]
+    stopped = translate("August 12, 1981", stopping_criteria=[lambda ids, _: ids.shape[1] >= 5])
+    assert "warnings" not in stopped[0]
+
+
+def test_an_output_object_of_generate_is_read_too(translate):
+    plain = translate("August 12, 1981")
+    assert translate("August 12, 1981", return_dict_in_generate=True) == plain
 
 
 def test_a_long_text_is_split_and_flagged_and_nothing_of_it_is_lost(translate, caplog):

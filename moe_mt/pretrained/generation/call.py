@@ -86,6 +86,7 @@ def resolve_call(
         ConfigError: If an option is unknown, not offered, or its value not allowed.
         InputError: If inputs are missing, double, or of the wrong shape.
     """
+    options = {name: _plain(value) for name, value in options.items()}
     config, arguments = resolve_settings(model, generation_config, use_model_defaults, options)
     arguments = {name: value for name, value in arguments.items() if value is not None}
     refuse_unknown(arguments, MODEL_ARGUMENTS)
@@ -101,3 +102,8 @@ def resolve_call(
     return Call(
         config=config, special=special, arguments=arguments, source=source, start=start, limit=limit
     )
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return a number that was given as a tensor or an array without dimensions."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value

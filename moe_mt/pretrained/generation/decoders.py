@@ -36,6 +36,10 @@ class GeneratingModel(Protocol):
         """Compute logits, as documented."""
         ...
 
+    def decodes_fast(self) -> bool:
+        """Whether decoding may pass by ``forward``."""
+        ...
+
     def new_cache(
         self, memory: Tensor, source_mask: Tensor | None, beams: int = 1, capacity: int = 32
     ) -> KVCache:

@@ -110,7 +110,8 @@ def make_decoder(
     past = call.arguments.get("past_key_values")
     given = (past, call.start.mask, *head_masks.values())
     shown = call.shows("attentions") or call.shows("hidden_states")
-    if call.config.use_cache and not shown and all(argument is None for argument in given):
+    plain = not shown and all(argument is None for argument in given)
+    if call.config.use_cache and plain and model.decodes_fast():
         mask = None if call.source.mask is None else call.source.mask != 0
         capacity = min(call.limit, call.prompt_length + FIRST_CACHE_STEPS)
         cache = model.new_cache(encoded[0], mask, call.rows_per_sentence, capacity)

@@ -18,7 +18,7 @@ from moe_mt.tokenizers import (
     read_word_ids,
 )
 
-__all__ = ["FAIRSEQ_LANGUAGE_CODES", "M2M100Tokenizer", "SMALL100Tokenizer", "Small100Tokenizer"]
+__all__ = ["FAIRSEQ_LANGUAGE_CODES", "M2M100Tokenizer", "SMALL100Tokenizer"]
 
 FAIRSEQ_LANGUAGE_CODES = {
     family: [code for code, _ in list_languages(family)] for family in ("m2m100", "wmt21")
@@ -195,6 +195,3 @@ class SMALL100Tokenizer(M2M100Tokenizer):
     ) -> BatchEncoding:
         self.tgt_lang = self._required(tgt_lang, "tgt_lang")
         return self(raw_inputs, **options)
-
-
-Small100Tokenizer = SMALL100Tokenizer
