@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_mt.errors import ConfigError
+from moe_mt.ops import ACTIVATIONS
 
 __all__ = ["MoEConfig", "TransformerConfig"]
 
@@ -166,10 +167,10 @@ class TransformerConfig:
             heads = getattr(self, name)
             _require(self.d_model % heads == 0, name, heads, f"a divisor of d_model {self.d_model}")
         _require(
-            self.activation in ("relu", "gelu", "silu"),
+            self.activation in ACTIVATIONS,
             "activation_function",
             self.activation,
-            ("relu", "gelu", "silu"),
+            tuple(ACTIVATIONS),
         )
         for name in ("bos_id", "pad_id", "eos_id", "decoder_start_id"):
             value = getattr(self, name)

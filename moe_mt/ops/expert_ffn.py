@@ -4,6 +4,7 @@
 # An operator's arguments come as one flat list, whose types nothing here can tell apart.
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -24,7 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "silu": functional.silu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
 }
+
+FUSED_ACTIVATIONS = ("relu", "gelu", "silu")
+"""Those that kernels apply to a product before it is written."""
 
 
 def expert_ffn(  # noqa: PLR0913
@@ -61,7 +66,7 @@ def expert_ffn(  # noqa: PLR0913
         up_bias: (E, ffn_dim) or ``None``.
         gate_bias: (E, ffn_dim) or ``None``; only with ``gate_proj``.
         down_bias: (E, d_model) or ``None``.
-        activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
+        activation: ``"relu"``, ``"gelu"``, ``"silu"``, or ``"gelu_new"``, its tanh form.
         activation_dropout: Dropout probability of hidden rows; 0 outside training.
         residual: (T, d_model), added last, of the dtype of ``x`` or a wider one; or ``None``.
 
@@ -89,8 +94,8 @@ def expert_ffn(  # noqa: PLR0913
         )
     x, *tensors = autocast(x, *weights.values(), *biases.values())
     _check_dtypes(x, dict(zip(weights | biases, tensors, strict=True)))
-    if activation_dropout > 0:
-        return _with_activation_dropout(
+    if activation_dropout > 0 or activation not in FUSED_ACTIVATIONS:
+        return _step_by_step(
             x, expert_ids, gates, tensors, activation, activation_dropout, residual
         )
     inputs = (x, gates, residual, *tensors)
@@ -218,7 +223,7 @@ def _check_dtypes(x: Tensor, weights: dict[str, Tensor | None]) -> None:
             )
 
 
-def _with_activation_dropout(
+def _step_by_step(
     x: Tensor,
     expert_ids: Tensor,
     gates: Tensor,

@@ -177,11 +177,12 @@ class StackedExperts(nn.ModuleDict):
             for piece in getattr(self.stacked, name).data.unbind(0):
                 parameters, leaf = next(places)
                 parameter = parameters[leaf]
-                if parameter.is_meta == piece.is_meta:
-                    parameter.data = piece
+                own = _with_own_storage(piece)
+                if parameter.is_meta == own.is_meta:
+                    parameter.data = own
                 else:
                     wants_grad = parameter.requires_grad
-                    parameters[leaf] = nn.Parameter(piece, requires_grad=wants_grad)
+                    parameters[leaf] = nn.Parameter(own, requires_grad=wants_grad)
         leaves = self._leaves()
         self.__dict__.update(bound=leaves, addresses=_addresses(leaves), apart=False)
 
@@ -230,6 +231,15 @@ def _addresses(leaves: list[Any]) -> list[int]:
 
 def _gather_after_load(module: Any, incompatible_keys: object) -> None:  # noqa: ANN401
     module._gather()
+
+
+def _with_own_storage(piece: Tensor) -> Tensor:
+    """Return a tensor at the same place in memory whose storage is nothing but that place.
+
+    Code that saves models takes tensors of one storage for copies, or writes the storage whole.
+    """
+    plain = type(piece) is Tensor and piece.device.type in ("cpu", "cuda")
+    return torch.from_dlpack(piece) if plain and piece.numel() > 0 else piece
 
 
 class _Join(torch.autograd.Function):

@@ -11,6 +11,9 @@ from moe_mt.pretrained.view import View
 
 __all__ = ["PublishedLayer"]
 
+PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")
+"""In the order in which published classes list their parameters, and optimizers number them."""
+
 
 class PublishedLayer(View):
     """A layer of the encoder or the decoder.
@@ -18,9 +21,13 @@ class PublishedLayer(View):
     Its call is that of our layer (``moe_mt.models``), which returns ``LayerOutput``.
     """
 
-    def __init__(self, core: nn.Module, config: PublishedConfig) -> None:
+    def __init__(self, core: Any, config: PublishedConfig) -> None:  # noqa: ANN401
         """Name a layer's parts as the family's checkpoints do."""
         super().__init__(core, _places(core, FAMILIES[config.model_type].module_names))
+        for attention in (core.self_attention, getattr(core, "cross_attention", None)):
+            if attention is not None:
+                for name in PROJECTIONS:
+                    attention._modules[name] = attention._modules.pop(name)
 
     def forward(self, x: Tensor, *arguments: Any) -> LayerOutput:  # noqa: ANN401
         """Apply the layer to ``x`` (B, L, d_model)."""

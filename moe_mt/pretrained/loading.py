@@ -136,6 +136,13 @@ def _complete(
 ) -> None:
     """Fill what is tied to something that was filled, and initialise the rest."""
     tied = {id(targets[name]) for name in filled}
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and id(head.weight) not in tied:
+        # Held apart for scripting; its values are the embedding's all the same.
+        embedding = model.get_input_embeddings().weight
+        if id(embedding) in tied:
+            head.weight.copy_(embedding)
+            tied.add(id(head.weight))
     lacking = [name for name in targets if name not in filled and id(targets[name]) not in tied]
     model._initialize(set(lacking))
     # A tied weight is named once.

@@ -158,6 +158,7 @@ class NllbMoeSparseMLP(View):
         )
         super().__init__(core, {"experts": "experts", "router": "router"})
         self.router = NllbMoeTop2Router(core=core.router)
+        self._order("router", "experts")
         if made:
             for name, parameter in self.named_parameters():
                 if not parameter.is_meta and expert_class is NllbMoeDenseActDense:
@@ -219,6 +220,7 @@ class NllbMoeLayer(PublishedLayer):
         else:
             ffn_dim = core.feed_forward.experts.up_proj.shape[1]
             self.ffn = NllbMoeSparseMLP(config, ffn_dim, core=core.feed_forward)
+        self._order(*(name for name in self._modules if name != "ff_layer_norm"))
 
 
 class NllbMoeEncoder(PublishedEncoder):

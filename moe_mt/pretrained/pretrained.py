@@ -106,7 +106,7 @@ class PreTrainedModel(View):
         state_dict: Mapping[str, Tensor] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: torch.device | str | None = None,
+        device_map: torch.device | str | Mapping[str, Any] | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
         subfolder: str = "",
@@ -140,11 +140,8 @@ class PreTrainedModel(View):
             ConfigError: If an argument is unknown, or the configuration describes no model.
             PlacementError: If the model does not fit.
         """
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         attention = kwargs.pop("attn_implementation", None)
-        for ignored in sorted(IGNORED_ARGUMENTS & kwargs.keys()):
-            logger.info("%s has no effect here", ignored)
-            kwargs.pop(ignored)
+        hub, kwargs = _hub_arguments(kwargs)
         name = pretrained_model_name_or_path
         if isinstance(config, PublishedConfig):
             # The caller's own is not changed.
@@ -233,14 +230,15 @@ class PreTrainedModel(View):
             safe_serialization: Whether to write .safetensors; else .bin.
             state_dict: What to write instead of the model's own.
             is_main_process: Only the main process of several writes.
-            **kwargs: ``push_to_hub`` and the like are refused.
+            **kwargs: ``save_function`` and tokens have no effect; ``push_to_hub`` and the like are
+                refused.
 
         Raises:
             CheckpointError: If the files cannot be written.
             ConfigError: If an argument is unknown, or ``max_shard_size`` is no size.
         """
         for name, value in kwargs.items():
-            if name not in SAVE_ARGUMENTS or value:
+            if name not in SAVE_ARGUMENTS or (value and name not in WITHOUT_EFFECT_IN_SAVING):
                 raise ConfigError(f"save_pretrained cannot do {name}={value!r}; write to a folder")
         if not is_main_process:
             return
@@ -280,6 +278,9 @@ class PreTrainedModel(View):
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's; nothing to tie here."""
+
+    def post_init(self) -> None:
+        """Do nothing: weights are drawn when a model is built. Subclasses of old call it."""
 
     def init_weights(self) -> None:
         """Draw every weight anew from N(0, ``init_std``); biases zero, norms one."""
@@ -388,8 +389,21 @@ class PreTrainedModel(View):
         self._input_hook.remove()
 
 
-SAVE_ARGUMENTS = ("push_to_hub", "save_function", "save_peft_format", "token", "variant")
+WITHOUT_EFFECT_IN_SAVING = ("save_function", "save_peft_format", "token", "use_auth_token")
+
+SAVE_ARGUMENTS = (*WITHOUT_EFFECT_IN_SAVING, "push_to_hub", "variant")
 """Arguments of transformers for what is not done here; nothing is asked by ``None`` or false."""
+
+UNSUPPORTED_ARGUMENTS = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+    "variant",
+)
+"""Arguments of transformers that are refused, unless they ask for nothing."""
 
 IGNORED_ARGUMENTS = {
     "force_download",
@@ -405,9 +419,23 @@ IGNORED_ARGUMENTS = {
 """Arguments of transformers that choose among ways of loading of which there is one here."""
 
 
-def _device(wanted: torch.device | str | None) -> torch.device:
+def _hub_arguments(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the hub's arguments, and the others without those that have no effect."""
+    hub = {name: given[name] for name in HUB_ARGUMENTS if name in given}
+    if "use_auth_token" in given:
+        hub["token"] = given["use_auth_token"]
+    for name in sorted(IGNORED_ARGUMENTS & given.keys()):
+        logger.info("%s has no effect here", name)
+    done = {*hub, "use_auth_token", *IGNORED_ARGUMENTS}
+    done |= {name for name in UNSUPPORTED_ARGUMENTS if not given.get(name)}
+    return hub, {name: value for name, value in given.items() if name not in done}
+
+
+def _device(wanted: Any) -> torch.device:  # noqa: ANN401
     if wanted is None:
         return torch.get_default_device()
+    if isinstance(wanted, Mapping) and set(wanted) == {""}:
+        wanted = wanted[""]
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(wanted, (str, int, torch.device)):

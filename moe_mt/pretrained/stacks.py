@@ -130,6 +130,7 @@ class _Stack(PreTrainedModel):
             self.embed_tokens = embed_tokens
         stack = getattr(core, self.side)
         self.layers = nn.ModuleList(type(self).make_layer(layer, config) for layer in stack.layers)
+        self._order("embed_tokens", "embed_positions", "layers", "layer_norm")
         self.layerdrop = getattr(core.config, f"{self.side}_layerdrop")
         self.dropout = core.config.dropout
         self.embed_scale = core.embedding_scale

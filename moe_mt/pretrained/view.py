@@ -59,6 +59,11 @@ class View(nn.Module):
         if getattr(module, leaf, None) is not computing:
             setattr(module, leaf, computing)
 
+    def _order(self, *names: str) -> None:
+        """List these children first: optimizers number parameters in the published order."""
+        for name in (*names, *(other for other in list(self._modules) if other not in names)):
+            self._modules[name] = self._modules.pop(name)
+
     def train(self, mode: bool = True) -> "View":
         """Set training mode here, in the children, and in what computes."""
         super().train(mode)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -180,7 +180,7 @@ class TranslationPipeline:
         """Translate.
 
         Args:
-            inputs: A text, a list of texts, or any iterable of texts.
+            inputs: A text, a list of texts, a dataset or any iterable of texts.
             **options: ``src_lang``, ``tgt_lang``, ``batch_size``; ``return_tensors`` (token ids
                 instead of text), ``clean_up_tokenization_spaces``, ``truncation`` (cut a long
                 text instead of splitting it); arguments of ``generate``.
@@ -202,7 +202,11 @@ class TranslationPipeline:
             if all(len(result) == 1 for result in results):
                 return [result[0] for result in results]
             return results
-        if isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray)):
+        if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
+            # A dataset; a mapping has texts under names, and which one is meant is not said.
+            if not isinstance(inputs, (bytes, bytearray, Mapping)):
+                return self._run((inputs[i] for i in range(len(inputs))), call)
+        elif isinstance(inputs, Iterable):
             return self._run(inputs, call)
         raise InputError(f"inputs is a {type(inputs).__name__}; give a text, or several")
 

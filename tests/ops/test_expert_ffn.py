@@ -512,6 +512,17 @@ def test_the_step_by_step_path_of_activation_dropout_is_the_same_function(form, 
     )
 
 
+@pytest.mark.triton
+def test_an_activation_that_no_kernel_applies_stands_between_them(kernel_device):
+    expert_ids, tensors = problem((20, 4, 2, 8, 16), dtype=torch.float32, device=kernel_device)
+    options = {"expert_ids": expert_ids, "activation": "gelu_new"}
+    ours, theirs = expert_ffn(**options, **tensors), expert_ffn_eager(**options, **tensors)
+    assert_near(ours, theirs, torch.float32)
+    compare_gradients(
+        ours, theirs, tensors, tensors, lambda a, b, what: assert_near(a, b, torch.float32, what)
+    )
+
+
 # Shapes and dtypes of results follow what is there: biases, a gate, a wider residual, a gradient.
 @pytest.mark.triton
 @pytest.mark.parametrize("form", ["relu", "reglu, few biases, half precision"])

@@ -470,3 +470,10 @@ def test_no_sentences_are_refused(model):
 def test_unknown_arguments_that_are_none_are_passed_over(model):
     plain = model.generate(SOURCES, max_new_tokens=3)
     assert torch.equal(model.generate(SOURCES, max_new_tokens=3, token_type_ids=None), plain)
+
+
+def test_settings_of_another_class_may_be_set_on_the_model(model):
+    model.generation_config = GenerationConfig(num_beams=2, max_new_tokens=4)
+    found = model.generate(SOURCES)
+    model.generation_config = PublishedGenerationConfig.from_model_config(model.config)
+    assert torch.equal(found, model.generate(SOURCES, num_beams=2, max_new_tokens=4))

@@ -451,3 +451,24 @@ def test_settings_of_generation_that_are_not_allowed_are_found_before_anything_i
     with pytest.raises(ConfigError, match="num_beams"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_head_that_is_apart_for_scripting_has_the_values_of_the_embedding(tmp_path):
+    model = build("dense")
+    model.save_pretrained(tmp_path)
+    scripted, info = class_of("dense").from_pretrained(
+        tmp_path, torchscript=True, output_loading_info=True
+    )
+    assert info["missing_keys"] == []
+    assert scripted.lm_head.weight is not scripted.model.shared.weight
+    assert torch.equal(scripted.lm_head.weight, scripted.model.shared.weight)
+
+
+def test_arguments_that_ask_for_nothing_are_accepted_and_others_refused(tmp_path):
+    model = build("dense")
+    model.save_pretrained(tmp_path, save_function=torch.save, push_to_hub=False)
+    nothing = {"quantization_config": None, "load_in_8bit": False, "use_auth_token": None}
+    loaded = class_of("dense").from_pretrained(tmp_path, device_map={"": "cpu"}, **nothing)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ConfigError, match="load_in_8bit"):
+        class_of("dense").from_pretrained(tmp_path, load_in_8bit=True)

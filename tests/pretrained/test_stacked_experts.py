@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -104,8 +104,16 @@ def test_weights_lie_once_in_memory():
     model = build("moe")
     experts = experts_of(model)
     assert lies_stacked(experts)
-    storages = {p.untyped_storage().data_ptr() for p in experts.parameters()}
-    assert len(storages) == len(LEAVES)
+    # Each slice has a storage of its own, so that nobody takes slices for copies of each other,
+    # or writes all for one; the storages are pieces of the stack, one behind the other.
+    for name, leaf in LEAVES.items():
+        stack = getattr(experts.stacked, name)
+        begin = stack.data_ptr()
+        for expert in experts.values():
+            storage = expert.get_parameter(leaf).untyped_storage()
+            assert storage.data_ptr() == begin
+            begin += storage.nbytes()
+        assert begin == stack.data_ptr() + stack.nbytes
     assert not any(p.requires_grad for p in experts.stacked.parameters())
 
 
@@ -367,6 +375,20 @@ def test_two_experts_can_be_swapped():
     }
     expected.load_state_dict({name: t.clone() for name, t in (state_dict | swapped).items()})
     torch.testing.assert_close(logits(model), logits(expected))
+
+
+def test_libraries_that_look_for_shared_storages_keep_every_expert(tmp_path):
+    model = build("moe", tie_word_embeddings=False)
+    save_model(model, tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    # Of the three names of the one embedding, one is written.
+    lacking = model.state_dict().keys() - found.keys()
+    assert len(lacking) == 2
+    assert all("embed" in name or "shared" in name for name in lacking)
+    expert = experts_of(model)["expert_1"]
+    torch.save(expert.state_dict(), tmp_path / "expert.pt")
+    alone = sum(parameter.nbytes for parameter in expert.parameters())
+    assert (tmp_path / "expert.pt").stat().st_size < alone + 4000
 
 
 def test_the_experts_slices_can_be_saved_by_others(tmp_path):

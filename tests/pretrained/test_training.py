@@ -246,3 +246,24 @@ def test_autocast_trains_float32_weights(family):
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     expected = build(family, **QUIET).train()(**TRAINING_BATCH).loss
     torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_documented_activation_runs_and_is_what_its_name_says(family):
+    known = {
+        "relu": functional.relu,
+        "gelu": functional.gelu,
+        "silu": functional.silu,
+        # GPT-2's form: Hendrycks and Gimpel, arXiv:1606.08415, section 2.
+        "gelu_new": lambda x: (
+            0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        ),
+    }
+    x = torch.linspace(-4, 4, 33)[:, None].expand(33, 16)
+    for name, function in known.items():
+        layer = build(family, activation_function=name).get_encoder().layers[0]
+        ffn = layer if family == "dense" else layer.ffn
+        with torch.no_grad():
+            found = layer.core.feed_forward(x)
+            expected = ffn.fc2(function(ffn.fc1(x)))
+        torch.testing.assert_close(found, expected)

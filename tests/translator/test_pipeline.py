@@ -63,6 +63,22 @@ def test_an_iterable_is_translated_as_it_comes(translate):
     assert texts_of(next(results)) == ["12 août 1901"]
 
 
+def test_a_dataset_is_translated_item_by_item(translate):
+    class Dataset(torch.utils.data.Dataset):
+        """Without an iterator, as datasets are."""
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return ["in 9 minutes", "August 12, 1981"][index]
+
+    assert [texts_of(found) for found in translate(Dataset())] == [
+        ["dans 9 minutes"],
+        ["12 août 1981"],
+    ]
+
+
 def test_languages_come_from_the_task_the_pipeline_or_the_call(parts):
     named = pipeline("translation_eng_Latn_to_fra_Latn", *parts)
     assert named._preprocess_params == FRENCH
@@ -248,7 +264,7 @@ def test_a_model_without_a_head_is_refused(parts):
         TranslationPipeline(parts[0].model, parts[1])
 
 
-@pytest.mark.parametrize("inputs", [b"bytes", 7, ["text", 7], [["text"]]])
+@pytest.mark.parametrize("inputs", [b"bytes", 7, ["text", 7], [["text"]], {"text": "text"}])
 def test_inputs_that_are_no_texts_are_refused(translate, inputs):
     with pytest.raises(InputError, match="text"):
         translate(inputs)

@@ -226,6 +226,12 @@ def _model_defaults(model: HasSettings) -> PublishedGenerationConfig:
     stored = model.generation_config
     if stored is None:
         return PublishedGenerationConfig.from_model_config(model.config)
+    if not isinstance(stored, PublishedGenerationConfig):
+        # Another class's says how to generate; special tokens are the model's.
+        named = {name: v for name, v in vars(_published(stored)).items() if _is_set(name, v)}
+        defaults = PublishedGenerationConfig.from_model_config(model.config)
+        defaults.update(**named)
+        return defaults
     if not stored.repeats_model_config():
         return stored
     current = PublishedGenerationConfig.from_model_config(model.config)
