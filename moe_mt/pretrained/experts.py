@@ -1,5 +1,6 @@
 """The experts of a sparse layer, one by one, over weights that lie stacked."""
 
+import copy
 from collections.abc import Callable
 from itertools import islice
 from operator import is_
@@ -222,7 +223,20 @@ class StackedExperts(nn.ModuleDict):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose slices were copied one by one."""
         super().__setstate__(state)
+        self.__dict__["apart"] = True
         self._gather()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the stack out of copies and files: its slices hold all there is."""
+        if not self._gather():
+            return self.__dict__
+        empty = copy.copy(self.stacked)
+        weights = self.stacked._parameters.items()
+        empty.__dict__["_parameters"] = {
+            name: None if weight is None else nn.Parameter(weight.to("meta"), requires_grad=False)
+            for name, weight in weights
+        }
+        return {**self.__dict__, "stacked": empty}
 
 
 def _addresses(leaves: list[Any]) -> list[int]:

@@ -159,3 +159,14 @@ def test_a_model_on_the_meta_device_can_be_filled_piece_by_piece():
 def test_data_parallel_by_copies_is_refused_before_it_computes_with_stale_weights():
     with pytest.raises(ConfigError, match="DistributedDataParallel"):
         build("dense")._replicate_for_data_parallel()
+
+
+def test_a_model_that_is_pickled_holds_its_weights_once(tmp_path):
+    model = build("moe", d_model=64, encoder_ffn_dim=512)
+    torch.save(model, tmp_path / "model.pt")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    experts = sum(p.nbytes for name, p in model.named_parameters() if "expert" in name)
+    beside = (tmp_path / "model.pt").stat().st_size - weights
+    assert beside < experts / 4
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
