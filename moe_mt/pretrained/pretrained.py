@@ -56,9 +56,11 @@ class PreTrainedModel(View):
     @classmethod
     def _check_config(cls, config: object) -> None:
         if not isinstance(config, cls.config_class):
+            found, wanted = type(config), cls.config_class
             raise ConfigError(
-                f"{cls.__name__} was given a {type(config).__name__} as its config; give a "
-                f"{cls.config_class.__name__}, or use {cls.__name__}.from_pretrained"
+                f"{cls.__name__} was given a {found.__module__}.{found.__name__} as its config; "
+                f"give a {wanted.__module__}.{wanted.__name__}, or use "
+                f"{cls.__name__}.from_pretrained"
             )
 
     @property
