@@ -133,7 +133,13 @@ def check_tokens(fields: Mapping[str, Any], vocab_size: int) -> None:
         given = fields[name]
         words = [] if given is None else _words(given) if nested else [given]
         for word in words:
-            tokens = [word] if isinstance(word, int) else word
+            tokens = list(word) if _is_list(word) else [word]
+            texts = [token for token in tokens if isinstance(token, str)]
+            if texts:
+                raise ConfigError(
+                    f"generation option {name} has {texts[0]!r}; expected a token's id: "
+                    f"tokenizer.convert_tokens_to_ids({texts[0]!r})"
+                )
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
             if wrong:
                 raise ConfigError(

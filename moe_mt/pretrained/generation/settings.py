@@ -107,6 +107,14 @@ def resolve_settings(
     return config, unused
 
 
+BELONGS_ELSEWHERE = {
+    "src_lang": "set it on the tokenizer, before it makes input_ids",
+    "tgt_lang": "pass forced_bos_token_id=tokenizer.convert_tokens_to_ids(tgt_lang)",
+    "token_type_ids": "these models have none; leave it out of the tokenizer's output",
+}
+"""What to do with arguments that people pass to ``generate`` and that are meant for another."""
+
+
 def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
     """Raise an error that names the first unknown argument, and what it may have been meant to be.
 
@@ -117,6 +125,7 @@ def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
         if name not in known:
             close = get_close_matches(name, [*known, *DEFAULTS], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+            hint = BELONGS_ELSEWHERE.get(name, hint)
             raise ConfigError(
                 f"generate got {name!r}, which neither it nor the model takes; {hint}"
             )
