@@ -4,11 +4,12 @@ from moe_mt.checkpoints.fill import copy_checked
 from moe_mt.checkpoints.fit import FreeBytes, check_fits, measure_free_bytes, model_bytes
 from moe_mt.checkpoints.load import load
 from moe_mt.checkpoints.published_config import parse_config, read_config, read_json
-from moe_mt.checkpoints.resolve import fetch_small_files, resolve
+from moe_mt.checkpoints.resolve import HUB_ARGUMENTS, fetch_small_files, resolve
 from moe_mt.checkpoints.save import save, save_tensors
 from moe_mt.checkpoints.shards import open_shards
 
 __all__ = [
+    "HUB_ARGUMENTS",
     "FreeBytes",
     "check_fits",
     "copy_checked",

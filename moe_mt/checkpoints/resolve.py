@@ -15,7 +15,10 @@ from moe_mt.checkpoints.hub import (
 from moe_mt.checkpoints.published_config import read_config
 from moe_mt.errors import CheckpointError
 
-__all__ = ["fetch_small_files", "resolve"]
+__all__ = ["HUB_ARGUMENTS", "fetch_small_files", "resolve"]
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
+"""The keywords that say which files of the hub, and how they are had."""
 
 TINY = Path(__file__).parent.parent / "tiny"
 """The small model of this package, by the name ``"tiny"``."""

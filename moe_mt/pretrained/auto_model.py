@@ -3,6 +3,7 @@
 import os
 from typing import Any, ClassVar
 
+from moe_mt.checkpoints import HUB_ARGUMENTS
 from moe_mt.errors import CheckpointError, ConfigError
 from moe_mt.models import FAMILIES
 from moe_mt.pretrained.config import M2M100Config, NllbMoeConfig, PublishedConfig
@@ -69,7 +70,7 @@ class _AutoModel:
     ) -> Any:  # noqa: ANN401
         """Load a model; arguments and errors as of ``M2M100Model.from_pretrained``."""
         if config is None:
-            where = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+            where = ("subfolder", *HUB_ARGUMENTS)
             config = AutoConfig.from_pretrained(
                 pretrained_model_name_or_path,
                 **{name: kwargs[name] for name in where if name in kwargs},

@@ -10,15 +10,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from moe_mt.checkpoints import fetch_small_files, parse_config, read_json
+from moe_mt.checkpoints import HUB_ARGUMENTS, fetch_small_files, parse_config, read_json
 from moe_mt.errors import CheckpointError, ConfigError
 from moe_mt.models import FAMILIES, TransformerConfig
 
 __all__ = ["M2M100Config", "NllbMoeConfig", "PublishedConfig"]
 
 CONFIG_NAME = "config.json"
-
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 
 Config = TypeVar("Config", bound="PublishedConfig")
 

@@ -37,9 +37,7 @@ class M2M100Encoder(PublishedEncoder):
         """Encode; arguments as of ``M2M100Model.forward``."""
         asked = Asked.of(self.config, output_attentions, output_hidden_states)
         x, trace = self.encode(input_ids, attention_mask, head_mask, inputs_embeds, asked)
-        seen = trace.fields()
-        output = BaseModelOutput(x, seen["hidden_states"], seen["attentions"])
-        return self._returned(output, return_dict)
+        return self._returned(return_dict, x, trace)
 
 
 class M2M100Decoder(PublishedDecoder):
@@ -47,6 +45,7 @@ class M2M100Decoder(PublishedDecoder):
 
     config_class = M2M100Config
     make_layer = PublishedLayer
+    output_class = BaseModelOutputWithPastAndCrossAttentions
 
     def forward(  # noqa: PLR0913
         self,
@@ -80,12 +79,7 @@ class M2M100Decoder(PublishedDecoder):
             asked,
             prefix,
         )
-        seen = trace.fields()
-        cross = seen["cross_attentions"] if encoder_hidden_states is not None else None
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            x, present, seen["hidden_states"], seen["attentions"], cross
-        )
-        return self._returned(output, return_dict)
+        return self._returned(return_dict, x, trace, present)
 
 
 class M2M100Model(EncoderDecoder):
@@ -130,7 +124,8 @@ class M2M100Model(EncoderDecoder):
             inputs_embeds: (B, S, d_model), taken as scaled, instead of ``input_ids``.
             decoder_inputs_embeds: (B, L, d_model), likewise.
             use_cache: Whether to return ``past_key_values``.
-            output_attentions: Whether to return attention weights; the output stays the same.
+            output_attentions: Whether to return attention weights; attention is computed
+                explicitly then, and the output is the same up to rounding.
             output_hidden_states: Whether to return what goes into every layer.
             return_dict: Whether to return an object and not a tuple.
 

@@ -244,9 +244,7 @@ class NllbMoeEncoder(PublishedEncoder):
         """Encode; arguments as of ``NllbMoeModel.forward``."""
         asked = Asked.of(self.config, output_attentions, output_hidden_states, output_router_logits)
         x, trace = self.encode(input_ids, attention_mask, head_mask, inputs_embeds, asked)
-        seen = trace.fields()
-        output = MoEModelOutput(x, seen["hidden_states"], seen["attentions"], seen["router_probs"])
-        return self._returned(output, return_dict)
+        return self._returned(return_dict, x, trace)
 
 
 class NllbMoeDecoder(PublishedDecoder):
@@ -254,6 +252,7 @@ class NllbMoeDecoder(PublishedDecoder):
 
     config_class = NllbMoeConfig
     make_layer = NllbMoeLayer
+    output_class = MoEModelOutputWithPastAndCrossAttentions
 
     def forward(  # noqa: PLR0913
         self,
@@ -288,12 +287,7 @@ class NllbMoeDecoder(PublishedDecoder):
             asked,
             prefix,
         )
-        seen = trace.fields()
-        cross = seen["cross_attentions"] if encoder_hidden_states is not None else None
-        output = MoEModelOutputWithPastAndCrossAttentions(
-            x, present, seen["hidden_states"], seen["attentions"], cross, seen["router_probs"]
-        )
-        return self._returned(output, return_dict)
+        return self._returned(return_dict, x, trace, present)
 
 
 class NllbMoeModel(EncoderDecoder):

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from moe_mt.errors import InputError
 from moe_mt.moe import Routing
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Seq2SeqMoEOutput",
     "Seq2SeqModelOutput",
     "Tensors",
+    "as_encoder_output",
 ]
 
 Tensors: TypeAlias = tuple[Tensor | None, ...]
@@ -272,3 +274,22 @@ class Seq2SeqMoEOutput(ModelOutput):
     encoder_hidden_states: Tensors | None = None
     encoder_attentions: Tensors | None = None
     encoder_router_logits: RouterOutputs | None = None
+
+
+def as_encoder_output(encoded: Any, make: type[ModelOutput]) -> Any:  # noqa: ANN401
+    """Return ``encoder_outputs``, however they were given, in the encoder's own class.
+
+    Raises:
+        InputError: If they are neither an output object nor a tuple that begins with a tensor.
+    """
+    if isinstance(encoded, make):
+        return encoded
+    if hasattr(encoded, "last_hidden_state"):
+        # Another family's or another library's object with the same names.
+        return make(**{name: getattr(encoded, name, None) for name in make._names()})
+    if isinstance(encoded, (tuple, list)) and encoded and isinstance(encoded[0], Tensor):
+        return make(**dict(zip(make._names(), encoded, strict=False)))
+    raise InputError(
+        f"encoder_outputs is a {type(encoded).__name__}; expected what the encoder returns: an "
+        "output object, or a tuple that begins with the last hidden state (B, S, d_model)"
+    )

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_mt.checkpoints import check_fits, measure_free_bytes, resolve, save_tensors
+from moe_mt.checkpoints import (
+    HUB_ARGUMENTS,
+    check_fits,
+    measure_free_bytes,
+    resolve,
+    save_tensors,
+)
 from moe_mt.errors import ConfigError
 from moe_mt.models import SinusoidalPositions
 from moe_mt.moe import Top2Router
-from moe_mt.pretrained.config import HUB_ARGUMENTS, PublishedConfig
+from moe_mt.pretrained.config import PublishedConfig
 from moe_mt.pretrained.loading import LoadingInfo, fill
 from moe_mt.pretrained.resizing import resize_embeddings, wanted_rows
 from moe_mt.pretrained.view import View

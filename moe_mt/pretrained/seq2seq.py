@@ -13,7 +13,7 @@ from moe_mt.models import KVCache, Seq2SeqTransformer
 from moe_mt.pretrained.config import PublishedConfig
 from moe_mt.pretrained.generation import GenerationMixin, PublishedGenerationConfig
 from moe_mt.pretrained.inputs import check_labels
-from moe_mt.pretrained.outputs import ModelOutput, PastKeyValues
+from moe_mt.pretrained.outputs import ModelOutput, PastKeyValues, as_encoder_output
 from moe_mt.pretrained.pretrained import PreTrainedModel
 from moe_mt.pretrained.stacks import PublishedDecoder, PublishedEncoder
 
@@ -111,7 +111,7 @@ class EncoderDecoder(PreTrainedModel):
                 **options,
             )
         else:
-            encoded = _wrapped(encoded, self.encoder.output_class)
+            encoded = as_encoder_output(encoded, self.encoder.output_class)
         decoded = self.decoder(
             input_ids=given["decoder_input_ids"],
             attention_mask=given["decoder_attention_mask"],
@@ -144,21 +144,6 @@ class EncoderDecoder(PreTrainedModel):
 def arguments(of_call: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward pass from its ``locals()``."""
     return {name: value for name, value in of_call.items() if name not in ("self", "__class__")}
-
-
-def _wrapped(encoded: Any, make: Any) -> Any:  # noqa: ANN401
-    """Return encoder outputs in the encoder's own class."""
-    if isinstance(encoded, make):
-        return encoded
-    if hasattr(encoded, "last_hidden_state"):
-        # Another family's or another library's object with the same names.
-        return make(**{name: getattr(encoded, name, None) for name in make._names()})
-    if isinstance(encoded, (tuple, list)) and encoded and isinstance(encoded[0], Tensor):
-        return make(**dict(zip(make._names(), encoded, strict=False)))
-    raise InputError(
-        f"encoder_outputs is a {type(encoded).__name__}; expected what the encoder returns: an "
-        "output object, or a tuple that begins with the last hidden state (B, S, d_model)"
-    )
 
 
 class EncoderDecoderWithHead(PreTrainedModel, GenerationMixin):

@@ -62,6 +62,7 @@ class Trace:
     """What was seen on the way through a stack; a skipped layer leaves ``None``."""
 
     asked: Asked
+    has_memory: bool = False
     hidden_states: list[Tensor] = field(default_factory=list)
     self_weights: list[Tensor | None] = field(default_factory=list)
     cross_weights: list[Tensor | None] = field(default_factory=list)
@@ -88,7 +89,9 @@ class Trace:
         return {
             "hidden_states": tuple(self.hidden_states) if self.asked.hidden_states else None,
             "attentions": tuple(self.self_weights) if self.asked.attentions else None,
-            "cross_attentions": tuple(self.cross_weights) if self.asked.attentions else None,
+            "cross_attentions": (
+                tuple(self.cross_weights) if self.asked.attentions and self.has_memory else None
+            ),
             "router_probs": tuple(self.routers) if self.asked.routers else None,
         }
 
@@ -169,7 +172,12 @@ class _Stack(PreTrainedModel):
         positions = self.embed_positions.of_embeddings(embeds.shape[1], past_length)
         return self._dropped(embeds + positions)
 
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:  # noqa: ANN401
+    def _returned(
+        self, return_dict: bool | None, x: Tensor, trace: "Trace", past: PastKeyValues | None = None
+    ) -> Any:  # noqa: ANN401
+        """Return the documented output, or its tuple; a class takes the fields that it has."""
+        fields = {"last_hidden_state": x, "past_key_values": past, **trace.fields()}
+        output = self.output_class(**{name: fields[name] for name in self.output_class._names()})
         wanted = self.config.use_return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
@@ -279,7 +287,7 @@ class PublishedDecoder(_Stack):
         )
         x = self._embedded(input_ids, inputs_embeds, length, prefix)
         masks = _masks(mask, memory_mask, new, length, x.device)
-        trace = Trace(asked)
+        trace = Trace(asked, has_memory=memory is not None)
         caches = [_LayerPast(layer) for layer in (past or [()] * len(self.layers))]
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             trace.enter(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_mt.checkpoints import HUB_ARGUMENTS
 from moe_mt.errors import ConfigError, InputError
 from moe_mt.pretrained import AutoModelForSeq2SeqLM, AutoTokenizer
 from moe_mt.translator.batching import plan_batches
@@ -75,11 +76,7 @@ def pipeline(
             f"pipeline({task!r}) has no model of its own to fall back on; give "
             'model="facebook/nllb-200-distilled-600M", another hub id, a folder or "tiny"'
         )
-    hub = {
-        name: options.pop(name)
-        for name in ("revision", "token", "cache_dir", "local_files_only")
-        if name in options
-    }
+    hub = {name: options.pop(name) for name in HUB_ARGUMENTS if name in options}
     for name in ("trust_remote_code", "use_fast"):
         options.pop(name, None)
     opened = {**(model_kwargs or {})}

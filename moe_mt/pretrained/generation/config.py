@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from moe_mt.checkpoints import fetch_small_files, read_json
+from moe_mt.checkpoints import HUB_ARGUMENTS, fetch_small_files, read_json
 from moe_mt.errors import CheckpointError, ConfigError
 from moe_mt.pretrained.generation.checks import CHECKS, UNSUPPORTED, WITHOUT_EFFECT
 
 __all__ = ["DEFAULTS", "OUTPUT_FLAGS", "PublishedGenerationConfig"]
 
 GENERATION_CONFIG_NAME = "generation_config.json"
-
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 
 NOT_SAVED = ("_untouched", "_commit_hash")
 

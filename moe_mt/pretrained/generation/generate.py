@@ -12,7 +12,7 @@ from moe_mt.pretrained.generation.call import Call, GivenConfig, resolve_call
 from moe_mt.pretrained.generation.config import PublishedGenerationConfig
 from moe_mt.pretrained.generation.criteria import ScoredCriterion, as_list, make_criteria
 from moe_mt.pretrained.generation.decoders import GeneratingModel
-from moe_mt.pretrained.generation.inputs import encoder_arguments, wrap_encoder_output
+from moe_mt.pretrained.generation.inputs import encoder_arguments
 from moe_mt.pretrained.generation.observers import ObservedSearch, Recording, Streamer
 from moe_mt.pretrained.generation.search import (
     AllowedTokens,
@@ -22,7 +22,7 @@ from moe_mt.pretrained.generation.search import (
     make_rules,
     make_strategy,
 )
-from moe_mt.pretrained.outputs import ModelOutput
+from moe_mt.pretrained.outputs import ModelOutput, as_encoder_output
 
 __all__ = ["GenerationMixin"]
 
@@ -171,7 +171,7 @@ def _refuse(**given: object) -> None:
 
 def _encode(model: GeneratingModel, call: Call) -> ModelOutput:
     if call.source.name == "encoder_outputs":
-        return wrap_encoder_output(call.source.value)
+        return as_encoder_output(call.source.value, model.get_encoder().output_class)
     arguments = dict(call.arguments) | {
         "attention_mask": call.source.mask,
         "output_attentions": call.shows("attentions"),

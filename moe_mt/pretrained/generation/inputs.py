@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moe_mt.errors import InputError
 from moe_mt.pretrained.generation.settings import SpecialTokens
-from moe_mt.pretrained.outputs import BaseModelOutput, ModelOutput
 
 __all__ = [
     "MODEL_ARGUMENTS",
@@ -18,7 +17,6 @@ __all__ = [
     "decoder_start",
     "encoder_arguments",
     "find_source",
-    "wrap_encoder_output",
 ]
 
 MODEL_ARGUMENTS = (
@@ -136,11 +134,6 @@ def _inferred_mask(ids: Tensor, special: SpecialTokens) -> Tensor | None:
 def encoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return those that are the encoder's, its input left out."""
     return {name: arguments.get(name) for name in ENCODER_ARGUMENTS}
-
-
-def wrap_encoder_output(output: ModelOutput | tuple[Any, ...]) -> ModelOutput:
-    """Return what a caller gave as ``encoder_outputs`` as an object."""
-    return output if isinstance(output, ModelOutput) else BaseModelOutput(*output[:3])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 from typing import Any, NoReturn
 
-from moe_mt.checkpoints import fetch_small_files
+from moe_mt.checkpoints import HUB_ARGUMENTS, fetch_small_files
 from moe_mt.pretrained.tokenization.m2m100 import M2M100Tokenizer, SMALL100Tokenizer
 from moe_mt.pretrained.tokenization.nllb import NllbTokenizer
 from moe_mt.pretrained.tokenization.tokenizer import PretrainedTokenizer
@@ -16,7 +16,6 @@ _CLASSES: dict[str, type[PretrainedTokenizer]] = {
     "nllb": NllbTokenizer,
     "small100": SMALL100Tokenizer,
 }
-_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
 
 
 class AutoTokenizer:
@@ -51,7 +50,7 @@ class AutoTokenizer:
             CheckpointError: If the files cannot be had, or do not say which tokenizer is theirs.
             LanguageCodeError: If the model has no such language; also a ``KeyError``.
         """
-        of_the_hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+        of_the_hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         folder = fetch_small_files(pretrained_model_name_or_path, **of_the_hub)
         chosen = _CLASSES[tokenizer_kind(folder / kwargs.get("subfolder", ""))]
         return chosen.from_pretrained(pretrained_model_name_or_path, **kwargs)
