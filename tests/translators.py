@@ -41,22 +41,51 @@ class ScriptedModel:
         self.config = TransformerConfig(family="nllb_moe", vocab_size=VOCABULARY)
         self.embedding = SimpleNamespace(weight=torch.zeros(1))
         self.batches = []
+        self.rows = []
 
     def encode(self, source_tokens, source_mask):
-        self.batches.append(source_mask.sum(1).tolist())
+        self.batches.append(_lengths(source_tokens, source_mask))
         return source_tokens, ()
 
     def new_cache(self, memory, source_mask, beams, capacity):
-        rows = zip(memory.tolist(), source_mask.sum(1).tolist(), strict=True)
-        sources = [row[:length] for row, length in rows for _ in range(beams)]
-        return SimpleNamespace(sources=sources, step=0, reorder=lambda rows: None)
+        rows = zip(memory.tolist(), _lengths(memory, source_mask), strict=True)
+        return ScriptedCache([row[:length] for row, length in rows], beams, memory.shape[1])
 
     def decode_step(self, tokens, cache):
-        chosen = torch.tensor([self.next_token(source, cache.step) for source in cache.sources])
-        cache.step += 1
+        self.rows.append(len(tokens))
+        chosen = torch.tensor([self.next_token(*row) for row in cache.rows()])
+        cache.steps = [step + 1 for step in cache.steps]
         # A plain slope below the chosen token, so that beams are told apart.
         slope = torch.arange(VOCABULARY).mul(-1e-3).expand(len(chosen), -1)
         return slope.scatter(1, chosen[:, None], 20.0)
+
+
+class ScriptedCache:
+    """What a scripted model remembers: the sources, and how far each has come."""
+
+    def __init__(self, sources, beams, memory_length) -> None:
+        self.sources = sources
+        self.steps = [0] * len(sources)
+        self.beams = beams
+        self.memory_length = memory_length
+
+    def rows(self):
+        pairs = zip(self.sources, self.steps, strict=True)
+        return [pair for pair in pairs for _ in range(self.beams)]
+
+    def reorder(self, parents):
+        pass
+
+    def regroup(self, keep, joining, *, memory_length, length, capacity):
+        pairs = [(self.sources[i], self.steps[i]) for i in keep.tolist()]
+        if joining is not None:
+            pairs += zip(joining.sources, joining.steps, strict=True)
+        self.sources, self.steps = map(list, zip(*pairs, strict=True))
+        self.memory_length = memory_length
+
+
+def _lengths(tokens, mask):
+    return [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
 
 
 def echo(source: list[int], step: int) -> int:

@@ -5,7 +5,16 @@ from torch import Tensor, nn
 
 from moe_mt.checkpoints.fit import parameter_dtype
 from moe_mt.errors import CheckpointError, PlacementError
-from moe_mt.models import Family, Location, Seq2SeqTransformer, TransformerConfig
+from moe_mt.models import (
+    Family,
+    Int8TokenEmbedding,
+    Location,
+    Seq2SeqTransformer,
+    TransformerConfig,
+    pack_expert,
+    pack_parameter,
+)
+from moe_mt.ops import quantize_rows
 
 __all__ = ["FLOAT_DTYPES", "Filling", "copy_checked"]
 
@@ -20,7 +29,8 @@ class Filling:
     """A model that becomes real tensor by tensor.
 
     A parameter is allocated once, at its final dtype and device, when the first of its tensors
-    arrives; a layer's experts fill one stacked parameter slice by slice.
+    arrives; a layer's experts fill one stacked parameter slice by slice. Where weights are packed,
+    each is packed as soon as it is there, and freed.
     """
 
     def __init__(
@@ -30,6 +40,7 @@ class Filling:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        pack: str | None = None,
         source: str = "the checkpoint",
     ) -> None:
         """Build the model on the meta device.
@@ -39,6 +50,7 @@ class Filling:
             config: What the model is.
             device: Where its parameters go.
             dtype: What they become; routers stay in float32.
+            pack: One of ``ops.PACKED_KINDS``, or ``None``; for float32 on the CPU only.
             source: What messages call the place that the tensors come from.
         """
         with torch.device("meta"):
@@ -47,6 +59,7 @@ class Filling:
         self._locations = family.locations(config)
         self._device = device
         self._dtype = dtype
+        self._pack = pack
         self._source = source
         self._filled: dict[tuple[str, int | None], str] = {}
         self._allocated: set[str] = set()
@@ -81,13 +94,15 @@ class Filling:
             raise self._unexpected([key])
         label = f"{self._source}: {key}"
         _check_form(label, source, location.shape)
-        target = self._target(location)
         first = self._filled.get(_slot(location))
         if first is not None:
-            _require_equal(label, first, target, source)
+            self._require_equal(label, first, location, source)
             return 0
+        target = self._target(location)
         copy_checked(label, target, source)
         self._filled[_slot(location)] = key
+        if self._pack is not None:
+            self._pack_filled(location, target, self._pack)
         return target.numel() * target.element_size()
 
     def finish(self) -> Seq2SeqTransformer:
@@ -103,26 +118,58 @@ class Filling:
     def _locate(self, key: str) -> Location | None:
         return self._locations.get(self._family.strip_prefix(key))
 
+    def _pack_filled(self, location: Location, target: Tensor, kind: str) -> None:
+        if location.expert is None:
+            pack_parameter(self.model, location.parameter, kind)
+        else:
+            pack_expert(self.model, location.parameter, location.expert, target, kind)
+
+    def _require_equal(self, label: str, first: str, location: Location, source: Tensor) -> None:
+        """Compare two copies of one parameter, as the model has it."""
+        path, _, leaf = location.parameter.rpartition(".")
+        module = self.model.get_submodule(path)
+        if isinstance(module, Int8TokenEmbedding):
+            same = _is_quantized(module, source)
+        elif self._pack is None or isinstance(getattr(module, leaf, None), nn.Parameter):
+            same = _is_equal(self._filled_part(location), source)
+        else:
+            raise CheckpointError(
+                f"{label} and {first} are one parameter, which is packed by now and cannot be "
+                "compared; load the model with prepack=False, or fetch it again"
+            )
+        if not same:
+            raise CheckpointError(
+                f"{label} and {first} differ, and are one parameter in this model; weights that "
+                "were trained apart cannot be used here: save the checkpoint with tied embeddings"
+            )
+
     def _target(self, location: Location) -> Tensor:
+        if self._pack is not None and location.expert is not None:
+            return self._empty(location.parameter, torch.Size(location.shape))
         if location.parameter not in self._allocated:
             self._allocate(location.parameter)
+        return self._filled_part(location)
+
+    def _filled_part(self, location: Location) -> Tensor:
         parameter = self.model.get_parameter(location.parameter)
         return parameter.data if location.expert is None else parameter.data[location.expert]
 
     def _allocate(self, name: str) -> None:
-        shape = self.model.get_parameter(name).shape
+        tensor = self._empty(name, self.model.get_parameter(name).shape)
+        module, _, leaf = name.rpartition(".")
+        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor))
+        self._allocated.add(name)
+
+    def _empty(self, name: str, shape: torch.Size) -> Tensor:
         dtype = parameter_dtype(name, self._dtype)
         try:
-            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            return torch.empty(shape, dtype=dtype, device=self._device)
         except RuntimeError as error:
             size = shape.numel() * dtype.itemsize / 1e9
             raise PlacementError(
                 f"there is no room on {self._device} for {name}, {size:.1f} GB at {dtype}; free "
                 "memory there, or choose a smaller dtype, another device or a smaller model"
             ) from error
-        module, _, leaf = name.rpartition(".")
-        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor))
-        self._allocated.add(name)
 
     def _require_all(self, slots: set[tuple[str, int | None]]) -> None:
         missing: dict[tuple[str, int | None], str] = {}
@@ -195,14 +242,19 @@ def _not_finite(label: str, into: Tensor, out_of: Tensor) -> CheckpointError:
     )
 
 
-def _require_equal(label: str, first: str, target: Tensor, source: Tensor) -> None:
-    """Compare two copies of one parameter, at the dtype that the model has."""
-    for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
-        if not torch.equal(into, out_of.to(into)):
-            raise CheckpointError(
-                f"{label} and {first} differ, and are one parameter in this model; weights that "
-                "were trained apart cannot be used here: save the checkpoint with tied embeddings"
-            )
+def _is_equal(target: Tensor, source: Tensor) -> bool:
+    pairs = zip(_chunks(target), _chunks(source), strict=True)
+    return all(torch.equal(into, out_of.to(into)) for into, out_of in pairs)
+
+
+def _is_quantized(embedding: Int8TokenEmbedding, source: Tensor) -> bool:
+    """Whether quantising a table gives the embedding that is there."""
+    scales = iter(embedding.scale.split(len(_chunks(embedding.weight)[0])))
+    for rows, out_of in zip(_chunks(embedding.weight), _chunks(source), strict=True):
+        found, scale = quantize_rows(out_of.to(torch.float32))
+        if not torch.equal(found, rows) or not torch.equal(scale, next(scales)):
+            return False
+    return True
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ import torch
 
 from moe_mt.checkpoints.free_bytes import free_device_bytes, free_disk_bytes, free_host_bytes
 from moe_mt.errors import PlacementError
-from moe_mt.models import Seq2SeqTransformer, TransformerConfig
+from moe_mt.models import Seq2SeqTransformer, TransformerConfig, packed_bytes
+from moe_mt.ops import packing_obstacle
 
 __all__ = ["FreeBytes", "check_fits", "measure_free_bytes", "model_bytes", "parameter_dtype"]
 
@@ -47,10 +48,18 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".router." in name else dtype
 
 
-def model_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
-    """Return the bytes that a model's parameters take; the one embedding counts once."""
+def model_bytes(config: TransformerConfig, dtype: torch.dtype, pack: str | None = None) -> int:
+    """Return the bytes that a model's parameters take; the one embedding counts once.
+
+    Args:
+        config: What the model is.
+        dtype: What its weights become; routers stay in float32.
+        pack: How weights are packed, or ``None``. A packed head is a second embedding.
+    """
     with torch.device("meta"):
         model = Seq2SeqTransformer(config)
+    if pack is not None:
+        return packed_bytes(model, pack)
     return sum(
         parameter.numel() * parameter_dtype(name, dtype).itemsize
         for name, parameter in model.named_parameters()
@@ -80,6 +89,7 @@ def check_fits(
     dtype: torch.dtype,
     free: FreeBytes,
     download_bytes: int = 0,
+    pack: str | None = None,
 ) -> None:
     """Raise unless a model fits where it is to go.
 
@@ -93,12 +103,13 @@ def check_fits(
         dtype: What its weights become; routers stay in float32.
         free: The room there is.
         download_bytes: What is still to be fetched.
+        pack: How weights are to be packed, or ``None``.
 
     Raises:
         PlacementError: With the figures and the options.
     """
     passing = largest_tensor_bytes(config) + HEADROOM_BYTES
-    needed = model_bytes(config, dtype) + passing
+    needed = model_bytes(config, dtype, pack) + passing
     disk = _Demand("disk, to download", download_bytes, free.disk)
     if free.device is None:
         home, others = _Demand("host memory", needed, free.host), ()
@@ -108,7 +119,8 @@ def check_fits(
     demands = (disk, home, *others)
     if any(demand.is_too_much for demand in demands):
         table = "\n".join(str(demand) for demand in demands if demand.required)
-        options = _options(config, dtype, passing, home=home, disk=disk)
+        smaller = _smaller_form(config, device, dtype, pack)
+        options = (smaller, *_options(config, dtype, passing, home=home, disk=disk))
         raise PlacementError(
             f"{name} does not fit: {_name(dtype)} was asked for on {device}\n"
             f"  {'':<20}{'required':>12}{'free':>12}\n{table}\n"
@@ -134,14 +146,26 @@ class _Demand:
         return f"  {self.place:<20}{_gigabytes(self.required):>12}{free:>12}{mark}"
 
 
+def _smaller_form(
+    config: TransformerConfig, device: torch.device, dtype: torch.dtype, pack: str | None
+) -> str:
+    full, half = (_gigabytes(model_bytes(config, d)) for d in (torch.float32, torch.bfloat16))
+    if pack == "int8-dynamic":
+        return f"no smaller form: {pack} takes a quarter of the {full} that float32 takes"
+    if packing_obstacle("int8-dynamic", device, dtype) is None:
+        quarter = _gigabytes(model_bytes(config, dtype, "int8-dynamic"))
+        return (
+            f'a smaller form: quantization="int8-dynamic" takes {quarter} and dtype="bfloat16" '
+            f"takes {half} where float32 takes {full}"
+        )
+    if dtype.itemsize > 2:
+        return f'a smaller dtype: dtype="bfloat16" takes {half} where float32 takes {full}'
+    return f"no smaller dtype: {_name(dtype)} takes {half} where float32 takes {full}"
+
+
 def _options(
     config: TransformerConfig, dtype: torch.dtype, passing: int, *, home: _Demand, disk: _Demand
 ) -> Iterator[str]:
-    full, half = (_gigabytes(model_bytes(config, d)) for d in (torch.float32, torch.bfloat16))
-    if dtype.itemsize > 2:
-        yield f'a smaller dtype: dtype="bfloat16" takes {half} where float32 takes {full}'
-    else:
-        yield f"no smaller dtype: {_name(dtype)} takes {half} where float32 takes {full}"
     if disk.is_too_much:
         yield "a larger disk: set HF_HOME or cache_dir to a folder on it"
     if home.is_too_much:

@@ -12,6 +12,7 @@ from moe_mt.checkpoints.published_config import read_config
 from moe_mt.checkpoints.shards import open_shards
 from moe_mt.errors import ConfigError
 from moe_mt.models import Seq2SeqTransformer
+from moe_mt.ops import packing_obstacle
 
 __all__ = ["load"]
 
@@ -21,6 +22,7 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    pack: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Seq2SeqTransformer:
     """Load a model from a folder in the published layout.
@@ -32,24 +34,29 @@ def load(
         folder: Holds ``config.json`` and the weights, as .safetensors or .bin, whole or sharded.
         device: Where the model is to go.
         dtype: What its weights become; routers stay in float32.
+        pack: One of ``ops.PACKED_KINDS``: each weight is packed as it comes, for inference on the
+            CPU; ``None`` keeps weights as they are.
         on_progress: Called with the bytes of the model that are done, and all of them.
 
     Returns:
-        The model in evaluation mode; its parameters can be trained.
+        The model in evaluation mode; if nothing is packed, its parameters can be trained.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or does not hold exactly this model.
-        ConfigError: If the configuration describes no model.
+        ConfigError: If the configuration describes no model, or it cannot be packed like that.
         PlacementError: If the model does not fit.
     """
     if dtype not in FLOAT_DTYPES:
         raise ConfigError(f"dtype {dtype} was asked for; choose one of {FLOAT_DTYPES}")
     folder, device = Path(folder), torch.device(device)
+    obstacle = None if pack is None else packing_obstacle(pack, device, dtype)
+    if obstacle is not None:
+        raise ConfigError(f"packing as {pack!r} was asked for, but {obstacle}")
     family, config = read_config(folder)
     free = measure_free_bytes(device, folder)
-    check_fits(config, name=str(folder), device=device, dtype=dtype, free=free)
+    check_fits(config, name=str(folder), device=device, dtype=dtype, free=free, pack=pack)
     shards = open_shards(folder)
-    filling = Filling(family, config, device, dtype, source=str(folder))
+    filling = Filling(family, config, device, dtype, pack=pack, source=str(folder))
     filling.check_names(shards.keys)
     done, total = 0, model_bytes(config, dtype)
     for key, read in shards:

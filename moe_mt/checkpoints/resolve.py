@@ -55,6 +55,7 @@ def resolve(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    pack: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -68,6 +69,7 @@ def resolve(
         name: A hub id; or a local folder, which is returned as it is; or ``"tiny"``.
         device: Where the model is to go.
         dtype: What its weights are to become.
+        pack: How they are to be packed, or ``None``.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; where ``HF_HOME`` says if ``None``.
         token: Access token for the hub.
@@ -92,6 +94,7 @@ def resolve(
         dtype=dtype,
         free=measure_free_bytes(device, folder),
         download_bytes=sum(missing.values()),
+        pack=pack,
     )
     if missing:
         download_weights(model, folder, missing)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_mt.checkpoints.fit import parameter_dtype
 from moe_mt.checkpoints.published_config import CONFIG_NAME
 from moe_mt.errors import CheckpointError
-from moe_mt.models import FAMILIES, Family, Seq2SeqTransformer
+from moe_mt.models import FAMILIES, Family, Seq2SeqTransformer, is_packed
 
 __all__ = ["save", "save_tensors"]
 
@@ -49,8 +49,13 @@ def save(
         extra_config: Fields to add to ``config.json``, or to write there instead of the model's.
 
     Raises:
-        CheckpointError: If the files cannot be written.
+        CheckpointError: If the files cannot be written, or the model's weights are packed.
     """
+    if is_packed(model):
+        raise CheckpointError(
+            "the model's weights are packed for this machine's products and cannot be saved; load "
+            "it with prepack=False to save it"
+        )
     family = next(f for f in FAMILIES.values() if f.name == model.config.family)
     config = (
         family.config_to_published(model.config)

@@ -54,7 +54,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         "'src_lang TAB tgt_lang TAB source TAB target' lines.",
     )
     parser.set_defaults(run=run)
-    add_model_options(parser, default=None)
+    add_model_options(parser, default=None, to_train=True)
     # Small updates vanish in sixteen bits, so "auto" would train badly on a GPU.
     parser.set_defaults(dtype="float32")
     parser.add_argument("-p", "--pairs", required=True, type=Path, help="file of sentence pairs")

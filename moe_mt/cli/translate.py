@@ -8,14 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moe_mt.cli.input import Lines, count_lines, open_lines
 from moe_mt.cli.model import add_model_options, open_model
 from moe_mt.cli.output import Mark, Output, ResumableFile, StandardOutput
 from moe_mt.cli.progress import progress_hidden
 from moe_mt.errors import InputError
-from moe_mt.translator import TranslationResult
+from moe_mt.translator import ProgressBar, TranslationResult
 from moe_mt.version import __version__
 
 __all__ = ["add_parser"]
@@ -102,21 +100,25 @@ def run(options: argparse.Namespace) -> int:
         _skip(lines, output.mark)
         translator = open_model(options)
         # Whatever is wrong with the command is found before an output file is made.
+        progress = ProgressBar(
+            total=count_lines(options.input),
+            unit="line",
+            initial=lines.count,
+            description=f"{options.src_lang} → {options.tgt_lang}",
+            hidden=progress_hidden(options),
+        )
         results = translator.translate_iter(
-            lines, options.src_lang, options.tgt_lang, show_progress_bar=False, **_options(options)
+            lines,
+            options.src_lang,
+            options.tgt_lang,
+            show_progress_bar=False,
+            on_progress=progress.show,
+            **_options(options),
         )
         stack.callback(output.close)
         output.open()
-        progress = stack.enter_context(
-            tqdm(
-                desc=f"{options.src_lang} → {options.tgt_lang}",
-                unit="line",
-                total=count_lines(options.input),
-                initial=lines.count,
-                disable=progress_hidden(options),
-            )
-        )
-        flagged = _write(results, lines, output, options.format, progress)
+        stack.enter_context(progress)
+        flagged = _write(results, lines, output, options.format)
         if lines.error is not None:
             raise lines.error
         output.finish()
@@ -151,7 +153,6 @@ def _write(
     lines: Lines,
     output: Output,
     kind: str,
-    progress: "tqdm[Any]",
 ) -> int:
     """Write results as they come and return how many were flagged."""
     flagged = output.mark.flagged
@@ -165,7 +166,6 @@ def _write(
                 # Lines are translated in batches of what was read together. A run that continues
                 # where all that was read is written makes the same batches, so the same bytes.
                 output.set_mark(Mark(lines=number, flagged=flagged, input_sha256=lines.sha256))
-            progress.update()
     except KeyboardInterrupt:
         if isinstance(output, ResumableFile):
             LOGGER.warning(
@@ -197,6 +197,15 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a line of output depends on besides its text; batches are not among it."""
-    names = ("src_lang", "tgt_lang", "model", "revision", "device", "dtype", "format")
+    names = (
+        "src_lang",
+        "tgt_lang",
+        "model",
+        "revision",
+        "device",
+        "dtype",
+        "quantization",
+        "format",
+    )
     settings = {name: getattr(options, name) for name in (*names, *LINE_OPTIONS)}
     return settings | {"version": __version__}

@@ -6,7 +6,15 @@ logits; ``tests/generation/test_generate.py`` holds them to it.
 
 from moe_mt.generation.beam import BeamSearch, candidates_per_beam, take_best_several
 from moe_mt.generation.config import GenerationConfig
-from moe_mt.generation.generate import FIRST_CACHE_STEPS, generate
+from moe_mt.generation.decode_step import CompiledStep, DecodeStep, EagerStep
+from moe_mt.generation.generate import (
+    FIRST_CACHE_STEPS,
+    BatchLimits,
+    Request,
+    depends_on_token_count,
+    generate,
+    generate_each,
+)
 from moe_mt.generation.greedy import GreedySearch, take_best
 from moe_mt.generation.hypotheses import Hypothesis, is_repetition_loop
 from moe_mt.generation.rules import (
@@ -22,22 +30,29 @@ from moe_mt.generation.stopping import Criterion, Stopping
 
 __all__ = [
     "FIRST_CACHE_STEPS",
+    "BatchLimits",
     "BeamSearch",
     "CachedDecoder",
+    "CompiledStep",
     "Criterion",
+    "DecodeStep",
+    "EagerStep",
     "ForcedTokens",
     "GenerationConfig",
     "GreedySearch",
     "Hypothesis",
     "LogitsProcessor",
+    "Request",
     "Rule",
     "RuleContext",
     "Stopping",
     "Strategy",
     "candidates_per_beam",
+    "depends_on_token_count",
     "draw_several_together",
     "draw_together",
     "generate",
+    "generate_each",
     "is_repetition_loop",
     "logits_rules",
     "search",

@@ -1,16 +1,17 @@
 """Beam search, and beam sampling."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moe_mt.generation.hypotheses import NEVER, FinishedBeams
-from moe_mt.generation.rules import Rule
+from moe_mt.generation.rules import Rule, rows_of, select_rows
 from moe_mt.generation.stopping import Stopping
+from moe_mt.generation.vocabulary import top_k
 
-__all__ = ["BeamSearch", "candidates_per_beam", "take_best_several"]
+__all__ = ["BeamSearch", "Choice", "candidates_per_beam", "take_best_several"]
 
 
 def candidates_per_beam(end_marks: int) -> int:
@@ -18,9 +19,28 @@ def candidates_per_beam(end_marks: int) -> int:
     return 1 + max(1, end_marks)
 
 
-def take_best_several(count: int, totals: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` best scores (B, count) and where they stand in ``totals`` (B, N)."""
-    return totals.topk(count)
+Choice: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""``(log_probs (B, num_beams, V), scores (B, num_beams), step)`` → the totals of the candidates of
+a step, (B, K), and where each stands among the ``num_beams * V`` possible ones."""
+
+
+def take_best_several(
+    count: int, log_probs: Tensor, scores: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` best totals (B, count) and where they stand; see ``Choice``.
+
+    The best of a sentence are among the best of its beams, so that scores of beams are added to
+    ``num_beams * count`` numbers and not to all.
+    """
+    sentences, num_beams, vocab_size = log_probs.shape
+    count = min(count, num_beams * vocab_size)
+    values, tokens = top_k(log_probs.flatten(0, 1), min(count, vocab_size))
+    totals = values.view(sentences, num_beams, -1) + scores[:, :, None]
+    places = tokens.view_as(totals) + torch.arange(num_beams, device=tokens.device)[:, None] * (
+        vocab_size
+    )
+    best, chosen = totals.flatten(1).topk(count)
+    return best, places.flatten(1).gather(1, chosen)
 
 
 class BeamSearch:
@@ -35,7 +55,7 @@ class BeamSearch:
         prompts: Tensor,
         processor: Rule,
         stopping: Stopping,
-        choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        choose: Choice,
         *,
         length_penalty: float,
         early_stopping: bool | Literal["never"],
@@ -46,8 +66,7 @@ class BeamSearch:
             prompts: (B, num_beams, P) int64, the decoder's start token and what may follow it.
             processor: The rules, prepared for ``B * num_beams`` rows.
             stopping: When a hypothesis ends; one limit per sentence.
-            choose: ``(totals (B, num_beams * V), step) -> (totals, indices)``, each (B, K): the
-                candidates of a step.
+            choose: What the candidates of a step are.
             length_penalty: Exponent of the length that scores are divided by.
             early_stopping: When to leave a sentence, as in ``GenerationConfig``.
         """
@@ -80,7 +99,7 @@ class BeamSearch:
         Returns:
             The tokens (B * num_beams,) to read next, and the rows (B * num_beams,) they continue.
         """
-        step = len(self.continued)
+        step = self.histories.shape[2] - self.prompt_length
         totals, parents, tokens = self._candidates(logits, step)
         histories = self.histories.take_along_dim(parents[:, :, None], 1)
         histories = torch.cat([histories, tokens[:, :, None]], dim=2)
@@ -103,8 +122,8 @@ class BeamSearch:
         """Return accumulated scores, parent beams and tokens of the candidates, each (B, K)."""
         vocab_size = logits.shape[-1]
         log_probs = self.processor(self.histories.flatten(0, 1), logits.float().log_softmax(-1))
-        totals = log_probs.view(*self.scores.shape, vocab_size) + self.scores[:, :, None]
-        totals, picks = self.choose(totals.flatten(1), step)
+        log_probs = log_probs.view(*self.scores.shape, vocab_size)
+        totals, picks = self.choose(log_probs, self.scores, step)
         return totals, picks // vocab_size, picks % vocab_size
 
     def _finish(self, tokens: Tensor, totals: Tensor, ends: Tensor, rows: Tensor) -> None:
@@ -138,9 +157,25 @@ class BeamSearch:
         """Whether every sentence is done; waits for the device."""
         return bool(self.done.all())
 
-    def results(self, count: int) -> list[list[tuple[list[int], float]]]:
-        """Return tokens and score of every sentence's ``count`` hypotheses, best first."""
-        return self.finished.best(count)
+    def sentences_done(self) -> Tensor:
+        """Return (B,) bool: whether a sentence is done."""
+        return self.done
+
+    def select(self, sentences: Tensor) -> None:
+        """Go on with some of the sentences, (N,) int64, in that order; then ``paths`` fails."""
+        select_rows(self.processor, rows_of(sentences, self.num_beams))
+        select_rows(self.choose, sentences)
+        self.stopping.select(sentences)
+        self.finished.select(sentences)
+        self.histories, self.scores = self.histories[sentences], self.scores[sentences]
+        self.limit_penalties = self.limit_penalties[sentences]
+        self.can_improve, self.done = self.can_improve[sentences], self.done[sentences]
+        self.first_rows = self.first_rows[: len(sentences)]
+        self.continued.clear()
+
+    def results(self, count: int | None = None) -> list[list[tuple[list[int], float]]]:
+        """Return tokens and score of every sentence's ``count`` best hypotheses, or of all."""
+        return self.finished.best(count or self.num_beams)
 
     def paths(self) -> Tensor:
         """Return (B, num_beams, steps) int64: the row in which each token was chosen.

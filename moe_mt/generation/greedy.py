@@ -5,15 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_mt.generation.rules import ForcedTokens, Rule
+from moe_mt.generation.rules import ForcedTokens, Rule, rows_of, select_rows
 from moe_mt.generation.stopping import Stopping
+from moe_mt.generation.vocabulary import best_token, log_prob_of
 
 __all__ = ["GreedySearch", "take_best"]
 
 
 def take_best(scores: Tensor, step: int) -> Tensor:
     """Return (rows,) int64: the token with the best score."""
-    return scores.argmax(-1)
+    return best_token(scores)
 
 
 class GreedySearch:
@@ -28,6 +29,8 @@ class GreedySearch:
         *,
         pad_id: int | None,
         forced: ForcedTokens | None = None,
+        rows_per_sentence: int = 1,
+        length_penalty: float = 1.0,
     ) -> None:
         """Start every row with its prompt.
 
@@ -37,8 +40,12 @@ class GreedySearch:
             stopping: When a row ends.
             choose: ``(scores (rows, V), step) -> tokens (rows,)``.
             pad_id: What rows that have ended go on with; ``None``: with what they would say.
-            forced: Tokens that add nothing to the log-probability of a row.
+            forced: Tokens that add nothing to the log-probability of a row; one of the rules.
+            rows_per_sentence: Rows that belong to one sentence and stand next to each other.
+            length_penalty: Exponent of the length that log-probabilities are divided by.
         """
+        self.rows_per_sentence = rows_per_sentence
+        self.length_penalty = length_penalty
         self.processor = processor
         self.stopping = stopping
         self.choose = choose
@@ -55,7 +62,7 @@ class GreedySearch:
         step = self.history.shape[1] - self.prompt_length
         logits = logits.float()
         tokens = self.choose(self.processor(self.history, logits), step)
-        gains = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+        gains = log_prob_of(logits, tokens)
         forced = None if self.forced is None else self.forced.at(step)
         if forced is not None:
             gains = gains.masked_fill(forced == tokens, 0)
@@ -72,15 +79,24 @@ class GreedySearch:
         """Whether every row has ended; waits for the device."""
         return bool(self.done.all())
 
-    def results(self, length_penalty: float, count: int) -> list[list[tuple[list[int], float]]]:
-        """Return what follows the prompts, and its score.
+    def sentences_done(self) -> Tensor:
+        """Return (B,) bool: whether all rows of a sentence have ended."""
+        return self.done.view(-1, self.rows_per_sentence).all(1)
 
-        Args:
-            length_penalty: Exponent of the length that log-probabilities are divided by.
-            count: Rows that belong to one sentence.
-        """
-        scores = self.log_probs / self.lengths.float() ** length_penalty
+    def select(self, sentences: Tensor) -> None:
+        """Go on with some of the sentences, (N,) int64, in that order."""
+        rows = rows_of(sentences, self.rows_per_sentence)
+        for part in (self.processor, self.choose):
+            select_rows(part, rows)
+        self.stopping.select(rows)
+        self.history, self.log_probs = self.history[rows], self.log_probs[rows]
+        self.lengths, self.done = self.lengths[rows], self.done[rows]
+
+    def results(self) -> list[list[tuple[list[int], float]]]:
+        """Return for every sentence what follows the prompts of its rows, and the scores."""
+        scores = self.log_probs / self.lengths.float() ** self.length_penalty
         generated = self.history[:, self.prompt_length :].tolist()
         rows = zip(generated, self.lengths.tolist(), scores.tolist(), strict=True)
         found = [(tokens[:length], score) for tokens, length, score in rows]
+        count = self.rows_per_sentence
         return [found[first : first + count] for first in range(0, len(found), count)]

@@ -84,6 +84,12 @@ class FinishedBeams:
         self.scores = torch.full(shape, NEVER, device=device)
         self.filled = torch.zeros(shape, dtype=torch.bool, device=device)
 
+    def select(self, sentences: Tensor) -> None:
+        """Go on with some of the sentences, (N,) int64, in that order."""
+        self.tokens, self.lengths = self.tokens[sentences], self.lengths[sentences]
+        self.parents, self.scores = self.parents[sentences], self.scores[sentences]
+        self.filled = self.filled[sentences]
+
     def full(self) -> Tensor:
         """Return (B,) bool: whether all slots of a sentence hold an ended hypothesis."""
         return self.filled.all(-1)

@@ -6,7 +6,7 @@ follows it, and returns new scores. Functions with that signature can be given b
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from moe_mt.generation.logits import (
     replace_invalid,
 )
 
-__all__ = ["ForcedTokens", "LogitsProcessor", "Rule", "RuleContext", "logits_rules"]
+__all__ = [
+    "ForcedTokens",
+    "LogitsProcessor",
+    "Rule",
+    "RuleContext",
+    "logits_rules",
+    "rows_of",
+    "select_rows",
+]
 
 Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,6 +59,32 @@ class LogitsProcessor:
             scores = rule(history, scores)
         return scores
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (N,) int64, in that order."""
+        for rule in self.rules:
+            select_rows(rule, rows)
+
+
+def select_rows(part: object, rows: Tensor) -> None:
+    """Let a part of a search go on with some of its rows, if it keeps anything about rows."""
+    if isinstance(part, KeepsRows):
+        part.select(rows)
+
+
+def rows_of(sentences: Tensor, rows_per_sentence: int) -> Tensor:
+    """Return (N * rows_per_sentence,) int64: the rows of sentences (N,)."""
+    within = torch.arange(rows_per_sentence, device=sentences.device)
+    return (sentences[:, None] * rows_per_sentence + within).flatten()
+
+
+@runtime_checkable
+class KeepsRows(Protocol):
+    """Whatever knows rows apart."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (N,) int64, in that order."""
+        ...
+
 
 class ForcedTokens:
     """A rule: what must follow the prompt, row by row."""
@@ -69,6 +103,10 @@ class ForcedTokens:
         table = [[*row, *[NOT_FORCED] * (width - len(row))] for row in tokens]
         self._table = torch.tensor(table, device=device).view(len(table), width)
         self._prompt_length = prompt_length
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (N,) int64, in that order."""
+        self._table = self._table[rows]
 
     def at(self, step: int) -> Tensor | None:
         """Return (rows,) int64: each row's forced token at ``step`` or -1; ``None`` if none is."""

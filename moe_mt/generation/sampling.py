@@ -11,7 +11,15 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-__all__ = ["draw", "draw_several", "draw_several_together", "draw_together", "uniform_table"]
+__all__ = [
+    "DrawnCandidates",
+    "DrawnTokens",
+    "draw",
+    "draw_several",
+    "draw_several_together",
+    "draw_together",
+    "uniform_table",
+]
 
 
 def uniform_table(
@@ -43,6 +51,39 @@ def uniform_table(
         own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         tables.append(torch.rand(steps, draws, dtype=torch.float64, generator=own))
     return torch.stack(tables)
+
+
+class DrawnTokens:
+    """A choice of tokens that follows from a table of uniform numbers."""
+
+    def __init__(self, uniforms: Tensor) -> None:
+        """Take the numbers (B, steps, rows of a sentence) in [0, 1)."""
+        self._uniforms = uniforms.transpose(1, 2).flatten(0, 1)
+
+    def __call__(self, scores: Tensor, step: int) -> Tensor:
+        """Return (rows,) int64: one token a row of scores (rows, V)."""
+        return draw(scores, self._uniforms[:, step])
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (N,) int64, in that order."""
+        self._uniforms = self._uniforms[rows]
+
+
+class DrawnCandidates:
+    """A choice of candidates, without replacement, that follows from a table of numbers."""
+
+    def __init__(self, uniforms: Tensor) -> None:
+        """Take the numbers (B, steps, candidates) in [0, 1)."""
+        self._uniforms = uniforms
+
+    def __call__(self, log_probs: Tensor, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return totals and their places, (B, candidates); see ``beam.Choice``."""
+        totals = (log_probs + scores[:, :, None]).flatten(1)
+        return draw_several(totals, self._uniforms[:, step])
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the sentences, (N,) int64, in that order."""
+        self._uniforms = self._uniforms[rows]
 
 
 def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
@@ -82,11 +123,15 @@ def draw_together(scores: Tensor, step: int) -> Tensor:
     return scores.softmax(-1).multinomial(1).squeeze(1)
 
 
-def draw_several_together(count: int, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` of (rows, N) without replacement by torch's generator.
+def draw_several_together(
+    count: int, log_probs: Tensor, scores: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` candidates of a sentence without replacement by torch's generator.
 
     Returns:
-        Scores and indices, each (rows, count), in the order in which they were drawn.
+        Totals and their places, each (B, count), in the order in which they were drawn; see
+        ``beam.Choice``.
     """
-    indices = scores.softmax(-1).multinomial(count)
-    return scores.gather(1, indices), indices
+    totals = (log_probs + scores[:, :, None]).flatten(1)
+    indices = totals.softmax(-1).multinomial(count)
+    return totals.gather(1, indices), indices

@@ -41,6 +41,10 @@ class Stopping:
         """Return a bool for each limit: whether so many tokens reach it."""
         return new_tokens >= self._limits
 
+    def select(self, index: Tensor) -> None:
+        """Keep some of the limits, (N,) int64, in that order."""
+        self._limits = self._limits[index]
+
     def ends(self, histories: Tensor) -> Tensor:
         """Return (...) bool: whether histories (..., length) end with their last token."""
         tokens = histories[..., -1]

@@ -6,7 +6,7 @@ file of facts (names in the checkpoint, defaults), never a second model.
 
 from moe_mt.models.attention import CrossAttention
 from moe_mt.models.config import MoEConfig, TransformerConfig
-from moe_mt.models.embedding import SinusoidalPositions
+from moe_mt.models.embedding import SinusoidalPositions, TokenEmbedding
 from moe_mt.models.family import TIED_KEYS, Family, Location
 from moe_mt.models.feed_forward import FeedForward
 from moe_mt.models.kv_cache import KVCache
@@ -21,6 +21,17 @@ from moe_mt.models.layers import (
 )
 from moe_mt.models.m2m100 import M2M100
 from moe_mt.models.nllb_moe import NLLB_MOE
+from moe_mt.models.packed import (
+    Int8TokenEmbedding,
+    PackedHeadEmbedding,
+    PackedLinear,
+    is_packed,
+    pack_expert,
+    pack_model,
+    pack_parameter,
+    packed_bytes,
+)
+from moe_mt.models.target_vocabulary import TargetVocabulary
 from moe_mt.models.transformer import Seq2SeqTransformer, TransformerOutput
 
 __all__ = [
@@ -33,15 +44,25 @@ __all__ = [
     "Family",
     "FeedForward",
     "HeadProbe",
+    "Int8TokenEmbedding",
     "KVCache",
     "LayerOutput",
     "Location",
     "MoEConfig",
+    "PackedHeadEmbedding",
+    "PackedLinear",
     "Seq2SeqTransformer",
     "SinusoidalPositions",
+    "TargetVocabulary",
+    "TokenEmbedding",
     "TransformerConfig",
     "TransformerOutput",
+    "is_packed",
     "moe_layer",
+    "pack_expert",
+    "pack_model",
+    "pack_parameter",
+    "packed_bytes",
     "top2_router",
 ]
 

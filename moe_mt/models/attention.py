@@ -73,26 +73,30 @@ class SelfAttention(_Attention):
         """Attend.
 
         Args:
-            x: (B, L, d_model). Positions that attend.
+            x: (rows, L, d_model). Positions that attend.
             key: (B, H, S, d_head), from ``project_key_value``: of ``x``, behind earlier ones.
+                Where B is less than the rows, ``rows / B`` rows that stand next to each other,
+                the beams of a sentence, attend to the same keys.
             value: (B, H, S, d_head).
-            mask: bool, broadcastable to (B, H, L, S), true where attention is allowed.
+            mask: Broadcastable to (B, H, rows / B * L, S): bool, true where attention is allowed,
+                or of the dtype of ``x``, to be added to the scores.
             causal: Whether a position sees only itself and what stands before it; then L is S
                 and there is no mask.
             head_mask: (H,). Factor of each head's output, or ``None``.
 
         Returns:
-            (B, L, d_model).
+            (rows, L, d_model).
         """
+        query = self.q_proj(x).reshape(key.shape[0], -1, x.shape[-1])
         context = functional.scaled_dot_product_attention(
-            self._split(self.q_proj(x)),
+            self._split(query),
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
         )
-        return self._join(context, head_mask)
+        return self._join(context, head_mask).view(x.shape)
 
     def with_weights(
         self,

@@ -1,10 +1,12 @@
 """The decoder: causal layers over the target that attend to the memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moe_mt.models.config import TransformerConfig
-from moe_mt.models.kv_cache import KVCache, LayerCache
+from moe_mt.models.kv_cache import KVCache
 from moe_mt.models.layers import DecoderLayer, DecoderMasks
 from moe_mt.moe import Routing
 
@@ -57,23 +59,25 @@ class Decoder(nn.Module):
         self, memory: Tensor, memory_mask: Tensor | None, beams: int, capacity: int
     ) -> KVCache:
         """Return an empty cache that holds the memory (B, S, d_model) as keys and values."""
-        layers: list[LayerCache] = []
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            key, value = layer.cross_attention.project_key_value(memory)
-            layers.append(LayerCache(key, value, beams, capacity))
-        return KVCache(layers, memory_mask, beams)
+        layers: list[Any] = list(self.layers)
+        cross = [layer.cross_attention.project_key_value(memory) for layer in layers]
+        return KVCache(cross, memory_mask, beams, capacity)
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Decode new positions (B * beams, new, d_model) behind those in the cache."""
+        """Decode new positions (B * beams, new, d_model) behind those in the cache.
+
+        The cache has room for them, and is told afterwards to advance: what happens here is
+        tensors alone, so that it can be compiled once.
+        """
         new = x.shape[1]
-        target = None
-        if new > 1:
-            stop = cache.length + new
-            target = torch.ones(new, stop, dtype=torch.bool, device=x.device).tril(cache.length)
-        masks = DecoderMasks(target=target, memory=cache.memory_mask)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        layers = cache.open(new)
+        padding = None
+        if cache.idle is not None:
+            padding = cache.idle.repeat_interleave(cache.beams)[:, None].expand(-1, new)
+        masks = DecoderMasks(
+            target=cache.visible(new, x.dtype), memory=cache.memory_mask, padding=padding
+        )
+        for layer, layer_cache in zip(self.layers, layers, strict=True):
             assert isinstance(layer, DecoderLayer)
-            x = layer.step(x, layer_cache, masks, length=cache.length, beams=cache.beams).x
-        cache.length += new
+            x = layer.step(x, layer_cache, masks, beams=cache.beams).x
         return self.norm(x)

@@ -1,11 +1,28 @@
-"""Token embedding and sinusoidal positions."""
+"""Token embedding, which is also the output head, and sinusoidal positions."""
+
+# pyright: reportUnknownMemberType=false
+# nn.Embedding is not fully typed.
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["SinusoidalPositions", "sinusoid_table"]
+__all__ = ["SinusoidalPositions", "TokenEmbedding", "sinusoid_table"]
+
+
+class TokenEmbedding(nn.Embedding):
+    """One table (V, d_model) for tokens that come in, and for scores that go out."""
+
+    def __init__(self, vocab_size: int, d_model: int, pad_id: int) -> None:
+        """Build the table without drawing values for it."""
+        rows = torch.empty(vocab_size, d_model)
+        super().__init__(vocab_size, d_model, pad_id, _weight=rows)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., d_model)."""
+        return functional.linear(hidden, self.weight)
 
 
 def sinusoid_table(rows: int, d_model: int, pad_id: int, device: torch.device) -> Tensor:
@@ -47,16 +64,23 @@ class SinusoidalPositions(nn.Module):
         table = sinusoid_table(rows, d_model, pad_id, real)
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, tokens: Tensor, past_length: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, past_length: int | Tensor = 0) -> Tensor:
         """Return (B, L, d_model): the position embedding of every token.
 
         Args:
             tokens: (B, L) int64; padding gets the zero row and is not counted.
-            past_length: Tokens that stood before, all of them counted.
+            past_length: Tokens that stood before, all of them counted: one number for all, or
+                (B, 1) int64. For the latter, ``reserve`` must have been called.
         """
         real = tokens != self.pad_id
         positions = (real.cumsum(1) + past_length) * real + self.pad_id
-        return self._grown(tokens.shape[1] + past_length + self.pad_id + 1)[positions]
+        if isinstance(past_length, int):
+            self.reserve(tokens.shape[1] + past_length)
+        return self.table[positions]
+
+    def reserve(self, length: int) -> None:
+        """Have a row for each of ``length`` positions."""
+        self._grown(length + self.pad_id + 1)
 
     def of_embeddings(self, length: int, past_length: int = 0) -> Tensor:
         """Return (1, L, D): positions of embeddings, among which no padding can be told.
@@ -77,6 +101,8 @@ class SinusoidalPositions(nn.Module):
         if self.table.shape[0] < rows:
             # By doubling, as decoding asks for one row more at every step.
             rows = max(rows, 2 * self.table.shape[0])
-            table = sinusoid_table(rows, self.d_model, self.pad_id, self.table.device)
-            self.table = table.to(self.table.dtype)
+            # A tensor of inference mode could not be used in training afterwards.
+            with torch.inference_mode(False):
+                table = sinusoid_table(rows, self.d_model, self.pad_id, self.table.device)
+                self.table = table.to(self.table.dtype)
         return self.table

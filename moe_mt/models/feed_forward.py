@@ -1,5 +1,7 @@
 """The dense feed-forward layer."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +20,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(d_model, ffn_dim)
         self.down_proj = nn.Linear(ffn_dim, d_model)
-        self.activation = ACTIVATIONS[activation]
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
         self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ class DecoderMasks:
     """What new target positions may see."""
 
     target: Tensor | None = None
-    """bool, broadcastable to (B, H, new, length + new), true where attention is allowed."""
+    """Broadcastable to (rows, H, new, length + new): bool, true where attention is allowed, or of
+    the dtype of the scores, to be added to them. Shaped as ``SelfAttention`` says where the rows
+    of a sentence share their keys."""
 
     causal: bool = False
     """Whether a position sees only itself and what stands before it; then nothing stands in the
@@ -92,8 +94,8 @@ class KeyValues(Protocol):
         """(B, H, S, d_head)."""
         ...
 
-    def append(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Take those of new positions behind ``length`` others; return all of them."""
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take those of new positions, (rows, H, new, d_head); return what these attend to."""
         ...
 
 
@@ -104,7 +106,7 @@ class _Uncached:
     cross_key: Tensor
     cross_value: Tensor
 
-    def append(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return key, value
 
 
@@ -205,22 +207,20 @@ class DecoderLayer(_Layer):
         masks: DecoderMasks,
         probe: HeadProbe = NO_PROBE,
         *,
-        length: int = 0,
         beams: int = 1,
     ) -> LayerOutput:
         """Apply the layer to new positions, reading and extending its cache.
 
         Args:
             x: (B * beams, new, d_model).
-            cache: Keys and values of ``length`` earlier positions and of the memory. Without a
-                memory, the layer has no attention to one.
+            cache: Keys and values of earlier positions and of the memory. Without a memory, the
+                layer has no attention to one.
             masks: What the new positions may see.
             probe: What to do with the heads.
-            length: Positions stored so far.
             beams: Rows per sentence.
         """
         normed = self.self_attention_norm(x)
-        key, value = cache.append(*self.self_attention.project_key_value(normed), length)
+        key, value = cache.append(*self.self_attention.project_key_value(normed))
         self_weights = cross_weights = None
         target = (key, value, masks.target)
         if probe.weights:

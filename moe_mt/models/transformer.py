@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moe_mt.models.config import TransformerConfig
 from moe_mt.models.decoder import Decoder
-from moe_mt.models.embedding import SinusoidalPositions
+from moe_mt.models.embedding import SinusoidalPositions, TokenEmbedding
 from moe_mt.models.encoder import Encoder
 from moe_mt.models.kv_cache import KVCache
 from moe_mt.moe import Routing
@@ -45,16 +45,13 @@ class Seq2SeqTransformer(nn.Module):
         """Build the model; off the meta device, its weights are those of ``reset_parameters``."""
         super().__init__()
         self.config = config
-        rows = torch.empty(config.vocab_size, config.d_model)
-        self.embedding = nn.Embedding(
-            config.vocab_size, config.d_model, config.pad_id, _weight=rows
-        )
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model, config.pad_id)
         self.embedding_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.positions = SinusoidalPositions(config.max_positions, config.d_model, config.pad_id)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         # Drawing numbers on the meta device draws none, and costs seconds of imports.
-        if not rows.is_meta:
+        if not self.embedding.weight.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
@@ -132,13 +129,33 @@ class Seq2SeqTransformer(nn.Module):
             tokens: (B * beams, new) int64; the first call begins with the decoder's start token.
             cache: From ``new_cache``; it is extended.
         """
-        hidden = self.decoder.step(self._embed(tokens, cache.length), cache)
-        return self._logits(hidden[:, -1])
+        self.reserve(cache, tokens.shape[1])
+        logits = self.decode(tokens, cache)
+        cache.advance(tokens.shape[1])
+        return logits
 
-    def _embed(self, tokens: Tensor, past_length: int) -> Tensor:
+    def reserve(self, cache: KVCache, new: int) -> None:
+        """Make room for ``new`` positions more, in the cache and among the positions."""
+        cache.reserve(new)
+        self.positions.reserve(cache.capacity)
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Do what ``decode_step`` does within a cache that has room and is advanced afterwards.
+
+        Tensors in place and out, and no number that changes from step to step: this is what is
+        compiled and captured.
+        """
+        return self._logits(self.decode_hidden(tokens, cache))
+
+    def decode_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Do what ``decode`` does but for the head; return (B * beams, d_model)."""
+        past = cache.positions[:, None].expand(-1, cache.beams).reshape(-1, 1)
+        return self.decoder.step(self._embed(tokens, past), cache)[:, -1]
+
+    def _embed(self, tokens: Tensor, past_length: int | Tensor) -> Tensor:
         embedded = self.embedding(tokens) * self.embedding_scale
         embedded = embedded + self.positions(tokens, past_length)
         return functional.dropout(embedded, self.config.dropout, self.training)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.embedding.weight)
+        return self.embedding.project(hidden)

@@ -7,6 +7,7 @@ the weights are; the layer between them does not change with either.
 from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
 from moe_mt.moe.experts import Experts
 from moe_mt.moe.layer import MoELayer
+from moe_mt.moe.packed_experts import PackedExperts
 from moe_mt.moe.router import Top2Router
 from moe_mt.moe.routing import Routing
 
@@ -15,6 +16,7 @@ __all__ = [
     "Experts",
     "LocalDispatcher",
     "MoELayer",
+    "PackedExperts",
     "Routing",
     "Top2Router",
 ]

@@ -14,6 +14,15 @@ from moe_mt.ops.cross_attention import (
 from moe_mt.ops.expert_ffn import ACTIVATIONS, expert_ffn
 from moe_mt.ops.expert_order import expert_order
 from moe_mt.ops.grouped_mm import grouped_mm
+from moe_mt.ops.packed_expert_ffn import PackedExpertWeights, packed_expert_ffn
+from moe_mt.ops.packed_linear import (
+    PACKED_KINDS,
+    PackedWeight,
+    pack_weight,
+    packed_linear,
+    packing_obstacle,
+    quantize_rows,
+)
 from moe_mt.ops.permute import permute
 from moe_mt.ops.route import expert_capacity, route
 from moe_mt.ops.router_logits import router_logits
@@ -22,7 +31,10 @@ from moe_mt.ops.tuning import ExpertShape, TunedProblem, tile_tables, tune, tuni
 
 __all__ = [
     "ACTIVATIONS",
+    "PACKED_KINDS",
     "ExpertShape",
+    "PackedExpertWeights",
+    "PackedWeight",
     "TunedProblem",
     "backend_for",
     "combine",
@@ -33,7 +45,12 @@ __all__ = [
     "expert_ffn",
     "expert_order",
     "grouped_mm",
+    "pack_weight",
+    "packed_expert_ffn",
+    "packed_linear",
+    "packing_obstacle",
     "permute",
+    "quantize_rows",
     "route",
     "router_logits",
     "router_statistics",

@@ -122,6 +122,7 @@ def register_op(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    devices: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> Callable[..., Any]:
     """Make a launcher an operator that ``torch.compile``, export and autograd take whole.
 
@@ -132,11 +133,12 @@ def register_op(
         backward: ``(ctx, *output_grads) -> one gradient for each input``; an operator without one
             raises when it is asked for a gradient, as the backward operators are by a second one.
         setup_context: ``(ctx, inputs, output) -> None``, saves what ``backward`` needs.
+        devices: Where ``launch`` computes, as PyTorch's dispatcher names them.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, launch, key)
+    for device in devices:
+        _LIBRARY.impl(name, launch, device)
     qualified = f"moe_mt::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(

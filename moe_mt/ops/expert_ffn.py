@@ -15,6 +15,7 @@ from torch.nn import functional
 from moe_mt.errors import ConfigError
 from moe_mt.ops.backend import autocast, register_op, use_triton
 from moe_mt.ops.combine import combine, combine_eager, dtype_of
+from moe_mt.ops.expert_loop import mix_one_by_one
 from moe_mt.ops.expert_order import expert_order, expert_order_eager
 from moe_mt.ops.grouped_mm import grouped_mm
 from moe_mt.ops.permute import permute
@@ -82,24 +83,31 @@ def expert_ffn(  # noqa: PLR0913
     _check(x, expert_ids, gates, activation, weights, biases)
     if residual is not None and residual.shape != x.shape:
         raise ConfigError(f"the residual is {tuple(residual.shape)}; x is {tuple(x.shape)}")
+    tensors = [*weights.values(), *biases.values()]
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, gates, residual, *tensors)
+    )
     if not use_triton(x):
-        return expert_ffn_eager(
-            x,
-            expert_ids,
-            gates,
-            **cast(dict[str, Any], weights | biases),
-            activation=activation,
-            activation_dropout=activation_dropout,
-            residual=residual,
-        )
-    x, *tensors = autocast(x, *weights.values(), *biases.values())
+        if needs_grad or activation_dropout > 0 or x.device.type not in ("cpu", "meta"):
+            return expert_ffn_eager(
+                x,
+                expert_ids,
+                gates,
+                **cast(dict[str, Any], weights | biases),
+                activation=activation,
+                activation_dropout=activation_dropout,
+                residual=residual,
+            )
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            _check_dtypes(x, weights | biases)
+        return _expert_ffn_one_by_one(x, expert_ids, gates, *tensors, activation, residual)
+    x, *tensors = autocast(x, *tensors)
     _check_dtypes(x, dict(zip(weights | biases, tensors, strict=True)))
     if activation_dropout > 0 or activation not in FUSED_ACTIVATIONS:
         return _step_by_step(
             x, expert_ids, gates, tensors, activation, activation_dropout, residual
         )
-    inputs = (x, gates, residual, *tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if needs_grad:
         return _expert_ffn_train(x, expert_ids, gates, *tensors, activation, residual)[0]
     return _expert_ffn(x, expert_ids, gates, *tensors, activation, residual)
 
@@ -128,7 +136,7 @@ def expert_ffn_eager(  # noqa: PLR0913
     bounds = list(pairwise(cast(list[int], offsets.tolist())))  # pyright: ignore
     tokens = order // max(expert_ids.shape[1], 1)
     weights = zip(
-        *map(_by_expert(up_proj.shape[0]), (up_proj, gate_proj, down_proj)),
+        *map(_by_expert(up_proj.shape[0]), (up_proj, down_proj, gate_proj)),
         *map(_by_expert(up_proj.shape[0]), (up_bias, gate_bias, down_bias)),
         strict=True,
     )
@@ -146,22 +154,29 @@ def _expert_rows(
     activation_dropout: float,
 ) -> Tensor:
     """Return the experts' outputs (N, d_model) in expert order; zero where dropped."""
-    act = ACTIVATIONS[activation]
-    pieces: list[Tensor] = []
-    rows = _rows_by_expert(x, tokens, bounds)
-    for inputs, (up, gate, down, b_up, b_gate, b_down) in zip(rows, weights, strict=True):
-        if inputs.shape[0] == 0:
-            continue
-        hidden = functional.linear(inputs, up, b_up)
-        if gate is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(functional.linear(inputs, gate, b_gate)) * hidden
-        if activation_dropout > 0:
-            hidden = functional.dropout(hidden, activation_dropout)
-        pieces.append(functional.linear(hidden, down, b_down))
+    pieces = [
+        _ffn(inputs, tensors, activation, activation_dropout)
+        for inputs, tensors in zip(_rows_by_expert(x, tokens, bounds), weights, strict=True)
+        if inputs.shape[0] > 0
+    ]
     pieces.append(x.new_zeros(tokens.numel() - bounds[-1][1], x.shape[1]))
     return torch.cat(pieces)
+
+
+def _ffn(
+    x: Tensor, tensors: Iterable[Any], activation: str, activation_dropout: float = 0.0
+) -> Tensor:
+    """Return (M, d_model): the FFN of one expert, whose six tensors come in the usual order."""
+    up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias = tensors
+    act = ACTIVATIONS[activation]
+    hidden = functional.linear(x, up_proj, up_bias)
+    if gate_proj is None:
+        hidden = act(hidden)
+    else:
+        hidden = act(functional.linear(x, gate_proj, gate_bias)) * hidden
+    if activation_dropout > 0:
+        hidden = functional.dropout(hidden, activation_dropout)
+    return functional.linear(hidden, down_proj, down_bias)
 
 
 def _by_expert(num_experts: int) -> Callable[[Tensor | None], Any]:
@@ -281,6 +296,22 @@ def _output_like(x: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype_of(x, residual))
 
 
+def _one_by_one(
+    x: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    *tensors: Any,  # noqa: ANN401
+) -> Tensor:
+    *weights, activation, residual = tensors
+
+    def expert(index: int, rows: Tensor) -> Tensor:
+        # Under autocast, inputs may come in its dtype, and a compiler has left it when this runs.
+        own = [None if weight is None else weight[index].to(rows.dtype) for weight in weights]
+        return _ffn(rows, own, activation)
+
+    return mix_one_by_one(x, expert_ids, gates, residual, weights[0].shape[0], expert)
+
+
 def _launch_train(
     x: Tensor,
     expert_ids: Tensor,
@@ -386,6 +417,12 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa
 
 
 _expert_ffn = register_op(f"expert_ffn({_INPUTS}, Tensor? residual) -> Tensor", _launch, _fake)
+_expert_ffn_one_by_one = register_op(
+    f"expert_ffn_one_by_one({_INPUTS}, Tensor? residual) -> Tensor",
+    _one_by_one,
+    _fake,
+    devices=("CPU",),
+)
 _expert_ffn_backward = register_op(
     f"expert_ffn_backward(Tensor grad, {_INPUTS.removesuffix(', str activation')}, Tensor order, "
     "Tensor rows, Tensor offsets, Tensor hidden, Tensor saved_up, Tensor saved_gate, "

@@ -132,13 +132,18 @@ def route_eager(
     gates = probs.gather(-1, expert_ids)
     if normalize_before_dropping:
         gates = _normalize(gates)
+    if capacity is not None and capacity >= router_logits.shape[0]:
+        capacity = None
+    if policy != "random" and padding is None and capacity is None:
+        # Nothing can be dropped, as sizes and options tell: decoding takes this way.
+        return expert_ids.to(torch.int32), gates if normalize_before_dropping else _normalize(gates)
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if policy == "random":
         assert noise is not None
         kept[:, 1:] = 2 * gates[:, 1:] > noise[:, None]
     if padding is not None:
         kept &= ~padding[:, None]
-    if capacity is not None and capacity < router_logits.shape[0]:
+    if capacity is not None:
         order = probs.amax(-1).argsort(descending=True, stable=True) if batch_prioritized else None
         kept &= _slots(expert_ids, kept, num_experts, order) < capacity
     # Not a product: a dropped gate is zero whatever a padded token holds, NaN included.

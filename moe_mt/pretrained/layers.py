@@ -32,10 +32,8 @@ class PublishedLayer(View):
     def forward(self, x: Tensor, *arguments: Any) -> LayerOutput:  # noqa: ANN401
         """Apply the layer to ``x`` (B, L, d_model)."""
         self.settle()
-        if not isinstance(self.core, DecoderLayer):
-            return self.core(x, *arguments)
-        *before, length = arguments
-        return self.core.step(x, *before, length=length)
+        call = self.core.step if isinstance(self.core, DecoderLayer) else self.core
+        return call(x, *arguments)
 
 
 def _places(core: nn.Module, names: Mapping[str, str]) -> dict[str, str]:

@@ -293,14 +293,14 @@ class PublishedDecoder(_Stack):
             trace.enter(x)
             if self._skips_layer():
                 trace.leave(None)
-                cache.pass_by(layer, x, memory, length)
+                cache.pass_by(layer, x, memory)
                 continue
             probe = HeadProbe(
                 self_mask=self_masks[index],
                 cross_mask=cross_masks[index],
                 weights=asked.attentions,
             )
-            output = self._run(partial(_decode, layer, cache, (masks, probe, length)), x, memory)
+            output = self._run(partial(_decode, layer, cache, (masks, probe)), x, memory)
             trace.leave(output)
             x = output.x
         x = self.layer_norm(x)
@@ -320,8 +320,12 @@ class PublishedDecoder(_Stack):
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return (rows, new, d_model) for new tokens (rows, new) behind those of a fast cache."""
+        new = tokens.shape[1]
+        cache.reserve(new)
         x = self.embed(tokens, cache.length, "decoder_input_ids")
-        return self.core.decoder.step(x, cache)
+        hidden = self.core.decoder.step(x, cache)
+        cache.advance(new)
+        return hidden
 
 
 class _LayerPast:
@@ -348,18 +352,18 @@ class _LayerPast:
     def cross_value(self) -> Tensor | None:
         return self.cross[1] if self.cross else None
 
-    def append(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.past:
             key, value = torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
         self.kept = (key, value)
         return key, value
 
-    def pass_by(self, layer: Any, x: Tensor, memory: Tensor | None, length: int) -> None:  # noqa: ANN401
+    def pass_by(self, layer: Any, x: Tensor, memory: Tensor | None) -> None:  # noqa: ANN401
         """Take the keys and values of a layer that is skipped, so that caches stay aligned."""
         self.read(layer, memory)
         normed = layer.core.self_attention_norm(x)
         key, value = layer.core.self_attention.project_key_value(normed)
-        self.append(key, value, length)
+        self.append(key, value)
 
     def present(self) -> tuple[Tensor, ...]:
         """Return what the next positions need."""

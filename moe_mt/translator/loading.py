@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,13 +19,15 @@ from moe_mt.checkpoints import (
 )
 from moe_mt.errors import ConfigError
 from moe_mt.generation import GenerationConfig
+from moe_mt.ops import packing_obstacle
 from moe_mt.tokenizers import load_tokenizer
 from moe_mt.translator.translator import Translator
 
-__all__ = ["from_pretrained", "resolve_device", "resolve_dtype"]
+__all__ = ["from_pretrained", "resolve_device", "resolve_dtype", "resolve_packing"]
 
 LOGGER = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+QUANTIZATIONS = ("int8-dynamic",)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -74,11 +76,58 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return getattr(torch, name)
 
 
-def from_pretrained(
+def resolve_packing(
+    quantization: str | None, prepack: str | bool, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return how weights are to be packed, or ``None`` if they stay as they are.
+
+    Args:
+        quantization: As of ``from_pretrained``.
+        prepack: As of ``from_pretrained``.
+        device: Where the model goes.
+        dtype: What its weights become.
+
+    Raises:
+        ConfigError: If a value is unknown, or what was asked for cannot be had.
+    """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization {quantization!r} is unknown; choose None or {', '.join(QUANTIZATIONS)}"
+        )
+    if prepack != "auto" and not isinstance(prepack, bool):
+        raise ConfigError(f"prepack {prepack!r} is unknown; choose 'auto', True or False")
+    if prepack is False:
+        if quantization is not None:
+            raise ConfigError(
+                f"quantization {quantization!r} packs weights and prepack is False; leave one out"
+            )
+        return None
+    kind = quantization or "float32"
+    obstacle = packing_obstacle(kind, device, dtype)
+    if obstacle is None:
+        return kind
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization {quantization!r} cannot be had here: {obstacle}; leave it out, or use "
+            'device="cpu" with dtype="float32"'
+        )
+    if prepack is True:
+        raise ConfigError(
+            f'prepack=True cannot be had here: {obstacle}; leave it out, or use device="cpu" '
+            'with dtype="float32"'
+        )
+    return None
+
+
+def from_pretrained(  # noqa: PLR0913
     name: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     *,
+    quantization: str | None = None,
+    prepack: str | bool = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    batch_invariant: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
@@ -93,6 +142,17 @@ def from_pretrained(
         device: ``"auto"`` (first GPU, else CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         dtype: ``"auto"`` (bfloat16 where the device computes it natively, float16 on older GPUs,
             float32 on the CPU) or the name of a dtype.
+        quantization: ``None``, or ``"int8-dynamic"``: int8 weights and inputs for dense layers,
+            experts and the output head, on the CPU.
+        prepack: Whether weights are kept in the layout of the CPU's products, which is faster and
+            keeps a second copy of the embedding; such a model cannot be trained or saved.
+            ``"auto"`` does so for float32 on an x86-64 CPU.
+        compile: Whether the decoder's step is compiled, once for each size of batch, and replayed
+            as a CUDA graph on a GPU. ``"auto"`` does so on a GPU; on a CPU it gains some percent
+            and takes a minute. ``Translator.warmup`` compiles ahead of the first translation.
+        batch_invariant: Whether a sentence's scores are bit-identical alone and in any batch, on
+            one device; its tokens are the same in any case. Sentences are then computed one after
+            the other.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where hub files are kept instead of the hub library's own cache.
         token: Access token of the hub.
@@ -102,10 +162,11 @@ def from_pretrained(
     Raises:
         CheckpointError: If the model is missing, incomplete or unreadable.
         PlacementError: If it cannot fit; raised before its weights are fetched or read.
-        ConfigError: If the device or dtype is unknown.
+        ConfigError: If an option is unknown, or what it asks for cannot be had.
     """
     target_device = resolve_device(device)
     target_dtype = resolve_dtype(dtype, target_device)
+    pack = resolve_packing(quantization, prepack, target_device, target_dtype)
     hub: dict[str, Any] = {
         "revision": revision,
         "cache_dir": cache_dir,
@@ -120,11 +181,13 @@ def from_pretrained(
         device=target_device,
         dtype=target_dtype,
         free=measure_free_bytes(target_device, folder),
+        pack=pack,
     )
     config = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, config.get("model_type"))
-    folder = resolve(name, device=target_device, dtype=target_dtype, **hub)
-    model = load(folder, device=target_device, dtype=target_dtype, on_progress=on_progress)
+    placing: dict[str, Any] = {"device": target_device, "dtype": target_dtype, "pack": pack}
+    folder = resolve(name, **placing, **hub)
+    model = load(folder, **placing, on_progress=on_progress)
     ours: dict[str, Any] = config.get("moe_mt") or {}
     if "description" in ours:
         LOGGER.warning("%s: %s", name, ours["description"])
@@ -134,6 +197,8 @@ def from_pretrained(
         _generation_config(folder, config),
         languages=ours.get("languages"),
         folder=folder,
+        compile=compile,
+        batch_invariant=batch_invariant,
     )
 
 

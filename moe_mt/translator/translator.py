@@ -1,22 +1,22 @@
 """The translator: text in, results in the same order out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
+from typing import Any, Literal
 
 from moe_mt.errors import ConfigError, InputError, UnsupportedLanguageError
-from moe_mt.generation import GenerationConfig, Hypothesis, generate
+from moe_mt.generation import BatchLimits, GenerationConfig
 from moe_mt.models import Seq2SeqTransformer
 from moe_mt.tokenizers import Tokenizer
 from moe_mt.translator.assembly import assemble
-from moe_mt.translator.batching import plan_batches
-from moe_mt.translator.items import Item, Job, prepare_item
+from moe_mt.translator.items import Item, prepare_item
+from moe_mt.translator.progress import Progress, ProgressBar
 from moe_mt.translator.result import TranslationResult
 from moe_mt.translator.segments import Split
+from moe_mt.translator.vocabularies import TargetTokens, Vocabularies
+from moe_mt.translator.windows import SegmentHypotheses, generate_items
 
 __all__ = ["Translator"]
 
@@ -43,6 +43,8 @@ class Translator:
         *,
         languages: Sequence[str] | None = None,
         folder: Path | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        batch_invariant: bool = False,
     ) -> None:
         """Join a model and a tokenizer.
 
@@ -53,12 +55,46 @@ class Translator:
             languages: Codes of the languages the model knows, where these are not all that the
                 tokenizer names.
             folder: Where the checkpoint's files are, if it came from files.
+            compile: Whether the decoder step is compiled, as in ``from_pretrained``.
+            batch_invariant: Whether scores are bit-identical in any batch, as there.
+
+        Raises:
+            ConfigError: If ``compile`` is neither a bool nor ``"auto"``.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config or GenerationConfig()
         self.languages = tuple(languages or tokenizer.languages)
         self.folder = folder
+        self.batch_invariant = batch_invariant
+        self._vocabularies = Vocabularies(model, compile)
+
+    def warmup(
+        self,
+        *,
+        batch_size: int | None = None,
+        num_beams: int | None = None,
+        source_tokens: int = 32,
+        new_tokens: int = 32,
+    ) -> None:
+        """Do now what the first translations would wait for: compile and capture, touch weights.
+
+        Translating a batch goes through every smaller one as sentences end, so all of them are
+        made ready, at the length that the arguments ask for.
+
+        Args:
+            batch_size: Sentences of the largest batch; 64.
+            num_beams: Beams; the checkpoint's.
+            source_tokens: Tokens of its longest source.
+            new_tokens: Tokens of its longest output.
+        """
+        most = _positive(
+            "batch_size", batch_size, 1 if self.batch_invariant else DEFAULT_BATCH_SIZE
+        )
+        config = self.generation_config.merged(num_beams=num_beams)
+        self._vocabularies.whole.warm_up(
+            self.model, config, most, source_tokens=source_tokens, new_tokens=new_tokens
+        )
 
     def translate(
         self,
@@ -114,7 +150,7 @@ class Translator:
         ]  # fmt: skip
         return results[0] if single else results
 
-    def translate_iter(
+    def translate_iter(  # noqa: PLR0913
         self,
         texts: Iterable[str],
         src_lang: str | Iterable[str],
@@ -125,7 +161,9 @@ class Translator:
         max_batch_tokens: int | None = None,
         max_input_tokens: int | None = None,
         split: Split = "auto",
+        target_vocab: TargetTokens | None = None,
         show_progress_bar: bool | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         **generation_options: Any,  # noqa: ANN401
     ) -> Iterator[TranslationResult]:
         """Translate texts lazily, in order; an endless iterable is fine.
@@ -138,13 +176,19 @@ class Translator:
             src_lang: Source language, one for all or one per text.
             tgt_lang: Target language, one for all or one per text.
             target_prefix: What the translation must begin with, one for all or one per text.
-            batch_size: Most sentences that are generated together; 64.
+            batch_size: Most sentences that are generated together; 64. Where memory runs out,
+                half as many go on.
             max_batch_tokens: Most padded source tokens that are generated together; 2048.
             max_input_tokens: Longest sentence; a longer one is cut at clauses and flagged. The
                 smaller of 512 and what the checkpoint names.
             split: ``"auto"`` cuts texts into sentences, ``"off"`` does not, a callable
                 ``(text, language) -> pieces`` does it its own way.
+            target_vocab: Token ids that translations may be made of, for all target languages or
+                by language (those that are not named may use all): a smaller head is faster.
+                Probabilities are among these tokens. ``None`` allows all.
             show_progress_bar: On standard error; ``None`` shows it on a terminal only.
+            on_progress: Called with what is newly done whenever sentences are, which is before
+                their texts' results can be handed over in order.
             **generation_options: Fields of ``GenerationConfig`` (``num_beams``,
                 ``max_new_tokens``, ``length_penalty``, ``do_sample``, …); unset ones are the
                 checkpoint's. ``max_new_tokens`` follows the length of the source where unset.
@@ -194,7 +238,16 @@ class Translator:
         )
         total = len(texts) if isinstance(texts, Sequence) else None
         hidden = None if show_progress_bar is None else not show_progress_bar
-        return self._results(items, config, batch_size, budget, total=total, hidden=hidden)
+        vocabulary_of = self._vocabularies.by_language(target_vocab, self.resolve_language)
+        limits = BatchLimits(
+            sentences=1 if self.batch_invariant else batch_size, source_tokens=budget
+        )
+        window = WINDOW_BATCHES * batch_size
+        tell = [] if on_progress is None else [on_progress]
+        translate = partial(
+            generate_items, self.model, vocabulary_of=vocabulary_of, config=config, limits=limits
+        )
+        return self._results(items, translate, window, tell, total=total, hidden=hidden)
 
     def resolve_language(self, name: str) -> str:
         """Return the model's code for a language.
@@ -218,51 +271,18 @@ class Translator:
     def _results(
         self,
         items: Iterator[Item],
-        config: GenerationConfig,
-        batch_size: int,
-        max_batch_tokens: int,
+        translate: Callable[..., list[SegmentHypotheses]],
+        window: int,
+        listeners: list[Callable[[Progress], None]],
         *,
         total: int | None,
         hidden: bool | None,
     ) -> Iterator[TranslationResult]:
-        with tqdm(total=total, unit="text", disable=hidden) as progress:
-            while window := list(islice(items, WINDOW_BATCHES * batch_size)):
-                for result in self._translate_window(window, config, batch_size, max_batch_tokens):
-                    progress.update()
-                    yield result
-
-    def _translate_window(
-        self, items: list[Item], config: GenerationConfig, batch_size: int, max_batch_tokens: int
-    ) -> Iterator[TranslationResult]:
-        jobs = [job for item in items for job in item.jobs if job is not None]
-        lengths = [len(job.source_tokens) for job in jobs]
-        done: dict[int, list[Hypothesis]] = {}
-        for batch in plan_batches(lengths, batch_size, max_batch_tokens):
-            generated = self._generate([jobs[k] for k in batch], config)
-            done |= zip(batch, generated, strict=True)
-        hypotheses = (done[k] for k in range(len(jobs)))
-        for item in items:
-            found = [None if job is None else next(hypotheses) for job in item.jobs]
-            yield assemble(self.tokenizer, item, found)
-
-    @torch.inference_mode()
-    def _generate(self, jobs: list[Job], config: GenerationConfig) -> list[list[Hypothesis]]:
-        device = self.model.embedding.weight.device
-        source_tokens = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(job.source_tokens) for job in jobs],
-            batch_first=True,
-            padding_value=self.model.config.pad_id,
-        ).to(device)
-        lengths = torch.tensor([len(job.source_tokens) for job in jobs], device=device)
-        mask = torch.arange(source_tokens.shape[1], device=device) < lengths[:, None]
-        return generate(
-            self.model,
-            source_tokens,
-            mask,
-            config,
-            forced_tokens=[job.forced_tokens for job in jobs],
-            max_new_tokens=[job.max_new_tokens for job in jobs],
-        )
+        with ProgressBar(total=total, unit="text", hidden=hidden) as bar:
+            while ahead := list(islice(items, window)):
+                found = translate(ahead, listeners=[bar.show, *listeners])
+                for item, hypotheses in zip(ahead, found, strict=True):
+                    yield assemble(self.tokenizer, item, hypotheses)
 
 
 def _each(name: str, value: str | Iterable[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from moe_mt.checkpoints import fit
-from moe_mt.translator import TranslationResult
+from moe_mt.translator import Progress, TranslationResult
 from tests.test_from_pretrained import write_54b
 from tests.translators import loop, random_checkpoint, scripted
 
@@ -43,7 +43,10 @@ class FakeTranslator:
 
         def results():
             while read := list(islice(texts, self.window)):
-                yield from [self.translate_one(text) for text in read]
+                done = [self.translate_one(text) for text in read]
+                for found in done:
+                    options["on_progress"](Progress(texts=1, sentences=1, tokens=len(found.tokens)))
+                yield from done
 
         return results()
 
@@ -218,7 +221,7 @@ def test_options_reach_the_translator(run, use):
     given = {
         name.removeprefix("--").replace("-", "_") for name in arguments if name.startswith("--")
     }
-    assert set(fake.options) == given | {"show_progress_bar"}
+    assert set(fake.options) == given | {"show_progress_bar", "on_progress"}
     assert fake.options["length_penalty"] == 0.5
     assert fake.options["do_sample"] is True
     assert fake.options["split"] == "off"
@@ -237,10 +240,15 @@ def test_model_options_reach_from_pretrained(run, monkeypatch):
 
     monkeypatch.setattr("moe_mt.cli.model.from_pretrained", from_pretrained)
     arguments = "-m a/b --device cpu --dtype float16 --revision r --cache-dir c --local-files-only"
-    run("translate", *LANGUAGES, *arguments.split(), stdin=b"a\n")
+    packing = "--quantization int8-dynamic --no-prepack --no-compile --batch-invariant"
+    run("translate", *LANGUAGES, *arguments.split(), *packing.split(), stdin=b"a\n")
     del seen["on_progress"]
     assert seen == {
         "arguments": ("a/b", "cpu", "float16"),
+        "quantization": "int8-dynamic",
+        "prepack": False,
+        "compile": False,
+        "batch_invariant": True,
         "revision": "r",
         "cache_dir": "c",
         "local_files_only": True,
@@ -365,6 +373,8 @@ def test_progress_on_a_terminal_without_colour(run, use, files, monkeypatch):
     monkeypatch.setattr("moe_mt.cli.translate.progress_hidden", lambda options: False)
     outcome = run("translate", *LANGUAGES, "-i", files[0])
     assert "40/40" in outcome.err
+    assert "40 sentences" in outcome.err
+    assert "tokens/s" in outcome.err
     assert "\x1b[" not in outcome.err
     assert outcome.out == files[0].read_bytes()
 

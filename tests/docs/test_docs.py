@@ -416,7 +416,7 @@ def documented_default(action: argparse.Action) -> str:
         return "required"
     if action.default is None:
         return "unset"
-    if action.nargs == 0:
+    if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):
         return "off"
     if isinstance(action.default, tuple):
         return " ".join(map(str, action.default))
@@ -496,7 +496,7 @@ def test_router_table():
 
 def test_tiny_recipe_table():
     rows = table("training.md", "")
-    translator = moe_mt.from_pretrained("tiny")
+    translator = moe_mt.from_pretrained("tiny", prepack=False)
     moe = translator.model.config.moe
     parameters = sum(parameter.numel() for parameter in translator.model.parameters())
     assert rows["shape"][0].startswith(f"{parameters:,} parameters")

@@ -26,7 +26,7 @@ INPUTS = ("source_tokens", "target_tokens", "source_mask", "target_mask")
 
 @pytest.fixture(scope="module")
 def tiny():
-    return moe_mt.from_pretrained("tiny", device="cpu", dtype="float32")
+    return moe_mt.from_pretrained("tiny", device="cpu", dtype="float32", prepack=False)
 
 
 def load_golden(name, device, dtype=torch.float32):

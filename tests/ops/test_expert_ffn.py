@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from moe_mt.errors import ConfigError
-from moe_mt.ops import expert_ffn
+from moe_mt.ops import expert_ffn, use_backend
 from moe_mt.ops.expert_ffn import expert_ffn_eager
 from tests.closeness import assert_near
 
@@ -444,6 +444,89 @@ def test_bfloat16(kernel_device):
     wide = {key: t.detach().double() for key, t in tensors.items()}
     ours = expert_ffn(expert_ids=expert_ids, **tensors)
     assert_near(ours, expert_ffn_eager(expert_ids=expert_ids, **wide), torch.bfloat16)
+
+
+def without_gradients(tensors):
+    return {key: t.detach() for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "gelu_new"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("drop", [False, True], ids=["all kept", "some dropped"])
+def test_the_operator_of_the_cpu_is_the_definition(name, form, drop):
+    activation, gated = FORMS.get(form, (form, False))
+    expert_ids, tensors = problem(SHAPES[name], gated=gated)
+    if drop:
+        expert_ids, tensors = drop_some(expert_ids, tensors, SHAPES[name][1])
+    tensors = without_gradients(tensors)
+    with use_backend("eager"):
+        ours = expert_ffn(expert_ids=expert_ids, activation=activation, **tensors)
+    theirs = expert_ffn_eager(expert_ids=expert_ids, activation=activation, **tensors)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["one token", "many tokens"])
+def test_the_operator_of_the_cpu_reads_no_idle_expert_and_no_dropped_token(tokens):
+    expert_ids, tensors = problem((tokens, 12, 2, 8, 16), dtype=torch.float32)
+    tensors = without_gradients(tensors)
+    expert_ids[expert_ids == 1] = 0
+    expert_ids[0, 1] = 12
+    with use_backend("eager"):
+        tensors["gates"][0, 1] = 0
+        clean = expert_ffn(expert_ids=expert_ids, **tensors)
+        tensors["down_proj"][1] = torch.nan
+        # A dropped claim adds nothing whatever its gate, and a silent one whatever its expert.
+        tensors["gates"][0, 1] = torch.nan
+        assert torch.equal(expert_ffn(expert_ids=expert_ids, **tensors)[1:], clean[1:])
+        expert_ids[0], tensors["gates"][0] = 1, 0
+        found = expert_ffn(expert_ids=expert_ids, **tensors)
+    assert torch.equal(found[0], tensors["residual"][0])
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["one token", "many tokens"])
+def test_autocast_on_the_cpu_is_that_of_the_definition(tokens):
+    expert_ids, tensors = problem((tokens, 4, 2, 8, 16), dtype=torch.float32)
+    tensors = without_gradients(tensors)
+    plain = expert_ffn_eager(expert_ids=expert_ids, **tensors)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors["x"] = tensors["x"].to(dtype)
+        with torch.autocast("cpu", torch.bfloat16), use_backend("eager"):
+            ours = expert_ffn(expert_ids=expert_ids, **tensors)
+            theirs = expert_ffn_eager(expert_ids=expert_ids, **tensors)
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, plain)
+
+
+def test_the_operator_of_the_cpu_takes_one_dtype():
+    expert_ids, tensors = problem((3, 4, 2, 8, 16), dtype=torch.float32)
+    tensors = without_gradients(tensors)
+    tensors["up_bias"] = tensors["up_bias"].double()
+    with (
+        use_backend("eager"),
+        pytest.raises(ConfigError, match=r"x is torch\.float32 and up_bias torch\.float64"),
+    ):
+        expert_ffn(expert_ids=expert_ids, **tensors)
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["one token", "many tokens"])
+def test_the_operator_of_the_cpu_is_one_that_pytorch_takes_whole(tokens):
+    operator = torch.ops.moe_mt.expert_ffn_one_by_one.default
+    expert_ids, tensors = problem((tokens, 4, 2, 8, 16), gated=True, dtype=torch.float32)
+    names = ("up_proj", "down_proj", "gate_proj", "up_bias", "gate_bias", "down_bias")
+    found = without_gradients(tensors)
+    weights = [found[name] for name in names]
+    for residual in (None, found["residual"], found["residual"].double()):
+        given = (found["x"], expert_ids, found["gates"], *weights, "silu", residual)
+        torch.library.opcheck(operator, given)
+
+
+def test_shapes_without_kernels_come_from_meta_tensors():
+    expert_ids, tensors = problem((5, 4, 2, 8, 16), dtype=torch.float32, device="meta")
+    with use_backend("eager"):
+        found = expert_ffn(expert_ids=expert_ids, **without_gradients(tensors))
+    assert found.is_meta
+    assert found.shape == (5, 8)
 
 
 def test_biases_and_residual_may_be_missing():

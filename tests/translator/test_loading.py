@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moe_mt.errors import ConfigError
-from moe_mt.translator import from_pretrained
-from moe_mt.translator.loading import resolve_device, resolve_dtype
+from moe_mt.models import is_packed
+from moe_mt.ops import PACKED_KINDS, packing_obstacle
+from moe_mt.translator import from_pretrained, loading
+from moe_mt.translator.loading import resolve_device, resolve_dtype, resolve_packing
 from tests.translators import random_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -75,6 +77,63 @@ def test_dtypes_by_name_and_by_themselves(dtype):
 def test_a_dtype_no_model_runs_in(dtype):
     with pytest.raises(ConfigError, match=r"dtype .* is unknown; choose 'auto' or one of float32"):
         resolve_dtype(dtype, CPU)
+
+
+packable = pytest.mark.skipif(
+    any(packing_obstacle(kind, CPU) for kind in PACKED_KINDS),
+    reason="weights cannot be packed on this machine",
+)
+
+
+@packable
+@pytest.mark.parametrize(
+    ("quantization", "prepack", "device", "dtype", "expected"),
+    [
+        (None, "auto", CPU, torch.float32, "float32"),
+        (None, True, CPU, torch.float32, "float32"),
+        (None, False, CPU, torch.float32, None),
+        # Only float32 is packed, and only for the CPU.
+        (None, "auto", CPU, torch.bfloat16, None),
+        (None, "auto", CUDA, torch.float32, None),
+        ("int8-dynamic", "auto", CPU, torch.float32, "int8-dynamic"),
+        ("int8-dynamic", True, CPU, torch.float32, "int8-dynamic"),
+    ],
+)
+def test_what_is_packed(quantization, prepack, device, dtype, expected):
+    assert resolve_packing(quantization, prepack, device, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("quantization", "prepack", "device", "dtype", "message"),
+    [
+        ("int8", "auto", CPU, torch.float32, "'int8' is unknown; choose None or int8-dynamic"),
+        (None, "yes", CPU, torch.float32, "prepack 'yes' is unknown; choose 'auto', True or False"),
+        (None, 1, CPU, torch.float32, "prepack 1 is unknown"),
+        ("int8-dynamic", False, CPU, torch.float32, "packs weights and prepack is False"),
+        ("int8-dynamic", "auto", CUDA, torch.float32, "the device is 'cuda'; leave it out"),
+        ("int8-dynamic", "auto", CPU, torch.float16, "the dtype is torch.float16; leave it out"),
+        (None, True, CUDA, torch.bfloat16, "prepack=True cannot be had here: .*device is 'cuda'"),
+    ],
+)
+def test_packing_that_cannot_be_had(quantization, prepack, device, dtype, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_packing(quantization, prepack, device, dtype)
+
+
+def test_a_torch_without_the_operators_packs_nothing_unasked(monkeypatch):
+    monkeypatch.setattr(loading, "packing_obstacle", lambda *_: "there is no FBGEMM")
+    assert resolve_packing(None, "auto", CPU, torch.float32) is None
+    with pytest.raises(ConfigError, match="cannot be had here: there is no FBGEMM; leave it out"):
+        resolve_packing("int8-dynamic", "auto", CPU, torch.float32)
+
+
+@packable
+def test_models_are_packed_unless_they_are_to_be_trained(tmp_path):
+    folder = random_checkpoint(tmp_path)
+    assert is_packed(from_pretrained(folder, device="cpu").model)
+    assert is_packed(from_pretrained(folder, device="cpu", quantization="int8-dynamic").model)
+    assert not is_packed(from_pretrained(folder, device="cpu", prepack=False).model)
+    assert not is_packed(from_pretrained(folder, device="cpu", dtype="bfloat16").model)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from moe_mt.errors import ConfigError, InputError, UnsupportedLanguageError
 from moe_mt.generation import GenerationConfig
 from moe_mt.translator import TranslationResult
-from moe_mt.translator import translator as translator_module
+from moe_mt.translator import windows as windows_module
 from tests.translators import loop, ramble, scripted, silence, tiny, tiny_tokenizer
 
 HELD_OUT = Path(__file__).parents[2] / "recipes" / "tiny" / "heldout.tsv"
@@ -34,13 +34,13 @@ def one(translator, text, **options) -> TranslationResult:
 def seen_options(monkeypatch, translator=None, **options) -> GenerationConfig:
     """Return the configuration that reaches generation."""
     seen = []
-    genuine = translator_module.generate
+    genuine = windows_module.generate_each
 
-    def spy(model, tokens, mask, config, **rest):
+    def spy(model, requests, config, **rest):
         seen.append(config)
-        return genuine(model, tokens, mask, config, **rest)
+        return genuine(model, requests, config, **rest)
 
-    monkeypatch.setattr(translator_module, "generate", spy)
+    monkeypatch.setattr(windows_module, "generate_each", spy)
     one(translator or scripted(), "in 14 minutes", **options)
     return seen[0]
 

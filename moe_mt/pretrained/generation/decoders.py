@@ -75,21 +75,16 @@ class FastDecoder(CachedDecoder):
     def past_key_values(self) -> PastKeyValues:
         """Return the cache in the documented form, the memory once per row."""
         cache = self.cache
-        layers: list[tuple[Tensor, ...]] = []
-        for layer in cache.layers:
-            cross = (layer.cross_key, layer.cross_value)
-            heads, d_head = layer.cross_key.shape[1], layer.cross_key.shape[3]
-            rows = layer.cross_key.shape[0] * cache.beams
-            nothing = layer.cross_key.new_empty(rows, heads, 0, d_head)
-            # Appending nothing returns what is there; it is copied, as rows may go on to change.
-            kept = layer.append(nothing, nothing, cache.length)
-            layers.append(
-                (
-                    *(state.clone() for state in kept),
-                    *(state.repeat_interleave(cache.beams, 0) for state in cross),
-                )
+        return tuple(
+            (
+                *cache.rows(layer),
+                *(
+                    state.repeat_interleave(cache.beams, 0)
+                    for state in (layer.cross_key, layer.cross_value)
+                ),
             )
-        return tuple(layers)
+            for layer in cache.layers
+        )
 
 
 class RecordingDecoder:
