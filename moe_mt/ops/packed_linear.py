@@ -84,10 +84,26 @@ class _PackedFloat32(PackedWeight):
 
     def multiply(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         after = "relu" if relu else "none"
-        if self.in_features > LONGEST_LONE_ROW and x.numel() == self.in_features:
-            pair = self._linear(x.reshape(1, -1).expand(2, -1), self._packed, bias, after, [], "")
-            return pair[:1].view(*x.shape[:-1], self.out_features)
-        return self._linear(x, self._packed, bias, after, [], "")
+        rows = x.numel() // self.in_features
+        computed = _rows_computed(rows)
+        if rows == 1 and self.in_features > LONGEST_LONE_ROW:
+            computed = 2
+        if computed == rows:
+            return self._linear(x, self._packed, bias, after, [], "")
+        padded = x.new_zeros(computed, self.in_features)
+        padded[:rows] = x.reshape(rows, self.in_features)
+        out = self._linear(padded, self._packed, bias, after, [], "")
+        return out[:rows].view(*x.shape[:-1], self.out_features)
+
+
+def _rows_computed(rows: int) -> int:
+    """Round up to one of eight numbers between a power of two and the next.
+
+    oneDNN writes code for every number of rows that it meets, which takes milliseconds and a
+    megabyte, and keeps a thousand of them.
+    """
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
 
 
 class _PackedInt8(PackedWeight):

@@ -606,24 +606,24 @@ def feed(pipe, content):
 
 
 @pytest.mark.slow
-def test_two_thousand_lines_killed_at_five_random_points_and_resumed(checkpoint, tmp_path):
+def test_twenty_thousand_lines_killed_at_five_random_points_and_resumed(checkpoint, tmp_path):
     draw = random.Random(6)
     source, whole, target = (tmp_path / name for name in ("in.txt", "whole.jsonl", "out.jsonl"))
     words = ("May", "2047", "June. ", "in 14 minutes", "", "Greek, ", "1,722 kilometers")
-    source.write_text("".join(" ".join(draw.choices(words, k=3)) + "\n" for _ in range(2_000)))
+    source.write_text("".join(" ".join(draw.choices(words, k=3)) + "\n" for _ in range(20_000)))
     # JSON tells scores to the last digit: equal bytes need equal batches on both sides of a kill.
-    arguments = ("--format", "jsonl", "--batch-size", 4, "-i", source)
+    arguments = ("--format", "jsonl", "-i", source)
     subprocess.run(command(checkpoint, *arguments, "-o", whole), check=True, env=ENVIRONMENT)
-    assert whole.read_bytes().count(b"\n") == 2_000
+    assert whole.read_bytes().count(b"\n") == 20_000
 
     partial = target.with_name("out.jsonl.partial")
     resuming = command(checkpoint, *arguments, "-o", target, "--resume")
-    points = [draw.randrange(start, start + 400) for start in range(0, 2_000, 400)]
+    points = [draw.randrange(start, start + 4_000) for start in range(0, 20_000, 4_000)]
     size = whole.stat().st_size
     for point in points:
         with subprocess.Popen(resuming, env=ENVIRONMENT) as process:
             # A kill may come between two lines or within one, before a mark or behind it.
-            while not (partial.exists() and partial.stat().st_size > size * point / 2_000):
+            while not (partial.exists() and partial.stat().st_size > size * point / 20_000):
                 assert process.poll() is None, "the run ended before it could be killed"
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,12 @@ SHAPES = {
     "down projection": (4096, 1024),
     "head with an odd vocabulary": (64, 25603),
 }
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def case(shape, rows=5, seed=0):
@@ -264,3 +271,14 @@ def test_layers_compile_to_one_graph_for_all_batches(kind):
         assert torch.equal(compiled(rows), run(rows))
     assert graphs == 1
     torch.compiler.reset()
+
+
+def test_inputs_of_many_lengths_do_not_pile_up_code():
+    # oneDNN writes code for every number of rows, half a megabyte and more each at this size.
+    weight = pack_weight(torch.randn(1024, 1024), "float32")
+    inputs = torch.randn(300, 1024)
+    packed_linear(inputs[:1], weight)
+    before = anonymous_bytes()
+    for rows in range(1, 301):
+        packed_linear(inputs[:rows], weight)
+    assert anonymous_bytes() - before < 80e6

@@ -5,12 +5,14 @@ import gc
 import logging
 import random
 from dataclasses import FrozenInstanceError, fields, replace
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
 
 import pytest
 
+import moe_mt
 from moe_mt.errors import ConfigError, InputError, UnsupportedLanguageError
 from moe_mt.generation import GenerationConfig
 from moe_mt.translator import TranslationResult
@@ -478,37 +480,61 @@ def test_an_endless_iterable_takes_constant_memory():
 # --- the same in any batch -----------------------------------------------------------------------
 
 INVARIANCE_LANGUAGES = ("eng_Latn", "fra_Latn", "rus_Cyrl", "zho_Hans", "hin_Deva", "ell_Grek")
-GROUPINGS = {1: 140, 4: 60}
+GROUPINGS = [(None, 1, 450), (None, 4, 150), ("int8-dynamic", 1, 300), ("int8-dynamic", 4, 100)]
+"""Quantization, beams, and how many groupings: a thousand in all."""
+
+
+@cache
+def packed(quantization):
+    return moe_mt.from_pretrained("tiny", device="cpu", quantization=quantization)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_beams", GROUPINGS)
+@pytest.mark.parametrize(("quantization", "num_beams", "groupings"), GROUPINGS)
 def test_the_same_sentence_in_any_batch_order_and_padding_gives_the_same_tokens(
-    held_out, num_beams
+    held_out, quantization, num_beams, groupings
 ):
-    """Two hundred random groupings of 24 held-out sentences, languages mixed."""
+    """Random groupings of 24 held-out sentences, languages mixed."""
     draw = random.Random(num_beams)
-    rows = draw.sample(held_out[:128], 24)
+    short = [row for row in held_out if all(len(row[code]) < 40 for code in INVARIANCE_LANGUAGES)]
     sentences = []
-    for row in rows:
+    for row in draw.sample(short, 24):
         source, target = draw.sample(INVARIANCE_LANGUAGES, 2)
         sentences.append((row[source], source, target))
-    options = {"num_beams": num_beams, "max_new_tokens": 32}
+    options = {"num_beams": num_beams, "max_new_tokens": 24}
 
-    def tokens(group, **sizes):
-        results = tiny().translate_iter(*zip(*group, strict=True), **options, **sizes)
-        return [(result.tokens, result.score) for result in results]
+    def results(group, **sizes):
+        translator = packed(quantization)
+        return list(translator.translate_iter(*zip(*group, strict=True), **options, **sizes))
 
-    alone = {sentence: tokens([sentence])[0] for sentence in sentences}
-    for grouping in range(GROUPINGS[num_beams]):
-        group = draw.sample(sentences, draw.randint(2, 8))
-        found = tokens(
+    alone = {sentence: results([sentence])[0] for sentence in sentences}
+    assert len({result.tokens for result in alone.values()}) > 20
+    for grouping in range(groupings):
+        group = draw.sample(sentences, draw.randint(2, 6))
+        found = results(
             group, batch_size=draw.choice((2, 3, 8)), max_batch_tokens=draw.choice((40, 2048))
         )
-        for sentence, (found_tokens, score) in zip(group, found, strict=True):
-            expected, expected_score = alone[sentence]
-            gap = score - expected_score
-            assert found_tokens == expected, (grouping, sentence, group, f"score gap {gap:.2e}")
+        for sentence, result in zip(group, found, strict=True):
+            gap = result.score - alone[sentence].score
+            expected = alone[sentence].tokens
+            assert result.tokens == expected, (grouping, sentence, group, f"score gap {gap:.2e}")
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8-dynamic"}, {"prepack": False}])
+def test_batch_invariant_scores_are_the_same_to_the_last_bit(held_out, options):
+    translator = moe_mt.from_pretrained("tiny", device="cpu", batch_invariant=True, **options)
+    draw = random.Random(5)
+    texts = [row["eng_Latn"] for row in draw.sample(held_out, 12)]
+    targets = [draw.choice(("fra_Latn", "deu_Latn")) for _ in texts]
+
+    def scores(order, **sizes):
+        chosen = [texts[i] for i in order], "eng_Latn", [targets[i] for i in order]
+        return [result.score for result in translator.translate_iter(*chosen, **sizes)]
+
+    alone = [scores([i])[0] for i in range(12)]
+    for batch_size in (1, 5, 64):
+        order = draw.sample(range(12), 12)
+        assert scores(order, batch_size=batch_size) == [alone[i] for i in order]
 
 
 @pytest.mark.parametrize("text", [None, 5, b"in 14 minutes", {"in 14 minutes"}])
