@@ -57,6 +57,10 @@ class DecodeStep(Protocol):
         """Return the logits behind tokens (rows, 1): (rows, V), or more rows, of no meaning."""
         ...
 
+    def release(self) -> None:
+        """Give back what is kept from batch to batch, because memory ran out."""
+        ...
+
 
 class EagerStep:
     """Every operation by itself, on exactly the rows that there are."""
@@ -92,6 +96,9 @@ class EagerStep:
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return the logits (rows, V) behind tokens (rows, 1)."""
         return self._model.decode_step(tokens, cache)
+
+    def release(self) -> None:
+        """Do nothing: nothing is kept."""
 
 
 class CompiledStep:
@@ -164,6 +171,11 @@ class CompiledStep:
         assert cache is bucket.cache, "place returns the cache to run with"
         return bucket.run(tokens)
 
+    def release(self) -> None:
+        """Give the tensors and captured graphs of all buckets back; what is compiled stays."""
+        self._buckets.clear()
+        self._current = None
+
     @property
     def graphs(self) -> int:
         """How many buckets have been compiled."""
@@ -199,22 +211,25 @@ class _Bucket:
 
     def _prepare(self) -> None:
         """Compile, and capture on a GPU. What is run for it writes where the step will write."""
-        self._is_new = False
         limits: Any = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
         with torch._dynamo.config.patch(**limits):
-            if self._tokens.device.type != "cuda":
+            if self._tokens.device.type == "cuda":
+                self._capture()
+            else:
                 self._decode(self._tokens, self.cache)
-                return
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(2):  # the first compiles, the second has allocated what it needs
-                    self._decode(self._tokens, self.cache)
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = self._decode(self._tokens, self.cache)
-            self._graph = graph
+        self._is_new = False
+
+    def _capture(self) -> None:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):  # the first compiles, the second has allocated what it needs
+                self._decode(self._tokens, self.cache)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._decode(self._tokens, self.cache)
+        self._graph = graph
 
 
 def _power_of_two(count: int) -> int:

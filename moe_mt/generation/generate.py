@@ -152,8 +152,7 @@ def generate_each(
     waiting = list(range(len(requests)))
     step = step or EagerStep(vocabulary or model)
     search = _Search(model, requests, config, generator, step, vocabulary)
-    while waiting:
-        most = limits.sentences
+    while True:
         try:
             for number, hypotheses in search.run(waiting, limits):
                 waiting.remove(number)
@@ -161,7 +160,7 @@ def generate_each(
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            most = min(limits.sentences, len(waiting)) // 2
+            most = search.together // 2
             if most == 0:
                 raise PlacementError(
                     f"there is not enough memory to translate one sentence of "
@@ -172,13 +171,16 @@ def generate_each(
             LOGGER.warning(
                 "out of memory with %d sentences at once; going on with %d (set batch_size to "
                 "begin there)",
-                limits.sentences,
+                search.together,
                 most,
             )
-        if most < limits.sentences:
             limits = BatchLimits(sentences=most, source_tokens=limits.source_tokens)
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+        else:
+            return
+        # Here, where the error no longer holds the tensors of the batch.
+        step.release()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 class _Search:
@@ -202,6 +204,8 @@ class _Search:
         special = (model.config.pad_id, model.config.eos_id, model.config.decoder_start_id)
         self.pad_id, self.eos_id, self.start_id = self._narrow(special)
         self.beams = max(config.num_beams, config.num_return_sequences)
+        self.together = 0
+        """Sentences that were last decoded together."""
         self.is_fixed = depends_on_token_count(model)
         if self.is_fixed and len(requests) > 1:
             LOGGER.warning(
@@ -218,6 +222,7 @@ class _Search:
         batch = RunningBatch(self.step, self.beams, is_fixed=self.is_fixed)
         while waiting or batch.open_sentences:
             joining = self._who_joins(waiting, batch, limits)
+            self.together = batch.open_sentences + len(joining)
             if joining:
                 waiting = waiting[len(joining) :]
                 batch.join(self._newcomers(joining))

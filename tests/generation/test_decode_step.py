@@ -119,3 +119,21 @@ def test_code_that_inductor_writes_gives_the_same_tokens(name):
         assert [h.score for h in hypotheses] == pytest.approx(
             [h.score for h in compiled[number]], abs=1e-5
         )
+
+
+def test_a_bucket_that_ran_out_of_memory_is_given_back(monkeypatch):
+    model, requests = load_model("dense_2_2"), fifty_requests()[:8]
+    config, limits = GenerationConfig(), BatchLimits(sentences=8)
+    step = CompiledStep(model, backend=CountingBackend())
+    run = CompiledStep.run
+
+    def with_memory_for_four(self, tokens, cache):
+        if cache.sentences > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, tokens, cache)
+
+    monkeypatch.setattr(CompiledStep, "run", with_memory_for_four)
+    found = dict(generate_each(model, requests, config, limits=limits, step=step))
+    assert all(sentences <= 4 for sentences, _, _ in step._buckets)
+    for number, hypotheses in dict(generate_each(model, requests, config, limits=limits)).items():
+        assert found[number][0].tokens == hypotheses[0].tokens
