@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moe_mt.errors import InputError
 from moe_mt.models import KVCache, Seq2SeqTransformer, TargetVocabulary
 
 __all__ = ["CompiledStep", "DecodeStep", "DecodingModel", "EagerStep"]
@@ -127,11 +128,21 @@ class CompiledStep:
         """
         self._model = model
         self._pad_sentences = pad_sentences
+        self._backend = backend
         self._decode = torch.compile(model.decode, fullgraph=True, dynamic=False, backend=backend)
         self._buckets: dict[tuple[int, int, int], _Bucket] = {}
         self._current: _Bucket | None = None
         # A table that grows later is another tensor, for which everything is compiled again.
         model.positions.reserve(2 * _power_of_two(model.config.max_positions))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: its model is a copy too, its graphs are its own."""
+        names = ("model", "pad_sentences", "backend")
+        return {name: getattr(self, f"_{name}") for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start as new."""
+        self.__init__(**state)
 
     def place(
         self,
@@ -143,6 +154,8 @@ class CompiledStep:
         memory_length: int,
     ) -> KVCache:
         """Copy the cache into the tensors of its bucket; see ``DecodeStep.place``."""
+        if keep is not None:
+            self._bucket_of(cache)
         # The bucket that it may come from keeps its tensors.
         loose = copy.copy(cache)
         loose.layers = list(cache.layers)
@@ -166,15 +179,20 @@ class CompiledStep:
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return the logits of all rows of the bucket behind tokens (rows, 1)."""
-        bucket = self._current
-        assert bucket is not None, "place returns the cache to run with"
-        assert cache is bucket.cache, "place returns the cache to run with"
-        return bucket.run(tokens)
+        return self._bucket_of(cache).run(tokens)
 
     def release(self) -> None:
         """Give the tensors and captured graphs of all buckets back; what is compiled stays."""
         self._buckets.clear()
         self._current = None
+
+    def _bucket_of(self, cache: KVCache) -> "_Bucket":
+        if self._current is None or cache is not self._current.cache:
+            raise InputError(
+                "a compiled step decodes one batch at a time, and another one was begun; end one "
+                "before the other, use a step for each, or compile=False"
+            )
+        return self._current
 
     @property
     def graphs(self) -> int:
@@ -192,43 +210,41 @@ class _Bucket:
         self._tokens = torch.zeros(sentences * like.beams, 1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._is_new = True
 
     def take(self, content: KVCache) -> None:
+        # Another object over the same tensors: whoever has the last one is told so.
+        self.cache = copy.copy(self.cache)
         self.cache.take(content)
 
     def run(self, tokens: Tensor) -> Tensor:
         self._tokens[: tokens.shape[0]].copy_(tokens)
-        if self._is_new:
-            self._prepare()
+        if self._graph is None and self._tokens.device.type == "cuda":
+            self._capture()
         if self._graph is not None and self._logits is not None:
             self._graph.replay()
             logits = self._logits
         else:
-            logits = self._decode(self._tokens, self.cache)
+            logits = self._run_compiled()
         self.cache.advance(1)
         return logits
 
-    def _prepare(self) -> None:
-        """Compile, and capture on a GPU. What is run for it writes where the step will write."""
+    def _run_compiled(self) -> Tensor:
+        # PyTorch gives up after eight graphs of one function; here each bucket has one.
         limits: Any = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
         with torch._dynamo.config.patch(**limits):
-            if self._tokens.device.type == "cuda":
-                self._capture()
-            else:
-                self._decode(self._tokens, self.cache)
-        self._is_new = False
+            return self._decode(self._tokens, self.cache)
 
     def _capture(self) -> None:
+        """Compile and capture. What is run for it writes where the step will write."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):  # the first compiles, the second has allocated what it needs
-                self._decode(self._tokens, self.cache)
+                self._run_compiled()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self._decode(self._tokens, self.cache)
+            self._logits = self._run_compiled()
         self._graph = graph
 
 

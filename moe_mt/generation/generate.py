@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_mt.errors import InputError, PlacementError
+from moe_mt.errors import ConfigError, InputError, PlacementError
 from moe_mt.generation.beam import BeamSearch, candidates_per_beam, take_best_several
 from moe_mt.generation.config import GenerationConfig
 from moe_mt.generation.decode_step import DecodeStep, EagerStep
@@ -63,6 +63,13 @@ class BatchLimits:
 
     source_tokens: int | None = None
     """Most source tokens, padding counted; a longer sentence stands alone. ``None``: no limit."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in ("sentences", "source_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"a batch of {value} {name} leaves room for none; give 1 or more")
 
 
 @torch.no_grad()
@@ -147,8 +154,9 @@ def generate_each(
 
     Raises:
         PlacementError: If there is not enough memory for one sentence.
-        InputError: If a forced token is not in the vocabulary.
+        InputError: If a forced token is not in the vocabulary, or a limit is below 1.
     """
+    _check_limits([request.max_new_tokens for request in requests])
     waiting = list(range(len(requests)))
     step = step or EagerStep(vocabulary or model)
     search = _Search(model, requests, config, generator, step, vocabulary)
@@ -353,7 +361,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _padded(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
     """Return tokens (B, S) and where they are real, ``None`` if everywhere."""
-    rows = [torch.tensor(source) for source in sources]
+    rows = [torch.tensor(source, dtype=torch.int64) for source in sources]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(row) for row in rows])
     if (lengths == tokens.shape[1]).all():
@@ -377,6 +385,10 @@ def _check(sentences: int, forced: Sequence[Sequence[int]], limits: Sequence[int
             f"generation got {sentences} sources, {len(forced)} rows of forced tokens and "
             f"{len(limits)} limits; give one of each per source"
         )
+    _check_limits(limits)
+
+
+def _check_limits(limits: Sequence[int]) -> None:
     if any(limit < 1 for limit in limits):
         raise InputError(
             f"a limit of {min(limits)} new tokens leaves room for none; give 1 or more"

@@ -170,9 +170,13 @@ class RunningBatch:
             self._cohorts.clear()
             self._cache = None
             self._tokens = self._tokens[:0]
-        elif still_open <= COMPACT_BELOW * len(flags) and not self._is_fixed:
+        elif not self._is_fixed and self._is_worth_regrouping(still_open / len(flags)):
             self._regroup()
         return found
+
+    def _is_worth_regrouping(self, share_open: float) -> bool:
+        # A cohort that is done must go in any case: its search has an end.
+        return share_open <= COMPACT_BELOW or not all(any(c.is_open) for c in self._cohorts)
 
     def _regroup(self, joining: KVCache | None = None) -> None:
         """Take out whoever is done, unless rows are fixed, and let a cache join."""

@@ -1,7 +1,9 @@
 """What may be generated in a target language, and what decodes over it."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeAlias, cast
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any, Literal, TypeAlias, cast
 
 from moe_mt.errors import ConfigError
 from moe_mt.generation import (
@@ -32,6 +34,24 @@ class Vocabulary:
         """Join them; ``tokens`` is ``None`` where all may be generated."""
         self.tokens = tokens
         self.step = step
+        self._lock = RLock()
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """Let threads decode one after the other where the step can only do one batch at a time."""
+        if isinstance(self.step, EagerStep):
+            yield
+            return
+        with self._lock:
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of; its lock is its own."""
+        return {"tokens": self.tokens, "step": self.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start as new."""
+        self.__init__(**state)
 
     def warm_up(
         self,
@@ -47,8 +67,8 @@ class Vocabulary:
         steps = new_tokens if is_compiled else 1
         sizes = [sentences]
         while is_compiled and sizes[-1] > 1:
-            sizes.append(sizes[-1] // 2)
-        config = config.merged(min_new_tokens=steps)
+            sizes.append((sizes[-1] + 1) // 2)
+        config = GenerationConfig(num_beams=config.num_beams, min_new_tokens=steps)
         source = [model.config.eos_id] * source_tokens
         for size in sizes:
             requests = [Request(source_tokens=source, max_new_tokens=steps)] * size
@@ -68,7 +88,7 @@ class Vocabularies:
         """
         self._model = model
         self._compile: bool | Literal["auto"] = compile
-        self._parts: dict[frozenset[int], Vocabulary] = {}
+        self._parts: dict[tuple[object, ...], Vocabulary] = {}
         self.whole = Vocabulary(None, _decode_step(model, compile))
 
     def by_language(
@@ -93,13 +113,16 @@ class Vocabularies:
         return lambda language: part
 
     def _part(self, tokens: frozenset[int]) -> Vocabulary:
-        if tokens not in self._parts:
+        weight = self._model.embedding.weight
+        # The head is a copy, which must not outlive what it was copied from.
+        key = (tokens, weight.data_ptr(), weight.dtype, weight.device, weight._version)
+        if key not in self._parts:
             if len(self._parts) == MOST_KEPT:
                 self._parts.pop(next(iter(self._parts)))
             vocabulary = TargetVocabulary(self._model, tokens)
             step = _decode_step(self._model, self._compile, vocabulary)
-            self._parts[tokens] = Vocabulary(vocabulary, step)
-        return self._parts[tokens]
+            self._parts[key] = Vocabulary(vocabulary, step)
+        return self._parts[key]
 
 
 def _decode_step(

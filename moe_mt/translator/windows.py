@@ -46,20 +46,22 @@ def generate_items(
         places += [(number, k) for k, job in enumerate(item.jobs) if job is not None]
     for vocabulary, places in groups.items():
         places.sort(key=lambda place: -_source_length(items, place))
-        for rank, hypotheses in generate_each(
-            model,
-            [_request(items, place) for place in places],
-            config,
-            limits=limits,
-            step=vocabulary.step,
-            vocabulary=vocabulary.tokens,
-        ):
-            number, segment = places[rank]
-            found[number][segment] = hypotheses
-            missing[number] -= 1
-            is_whole = missing[number] == 0
-            tokens = len(hypotheses[0].tokens)
-            _tell(listeners, Progress(texts=int(is_whole), sentences=1, tokens=tokens))
+        requests = [_request(items, place) for place in places]
+        with vocabulary.in_use():
+            for rank, hypotheses in generate_each(
+                model,
+                requests,
+                config,
+                limits=limits,
+                step=vocabulary.step,
+                vocabulary=vocabulary.tokens,
+            ):
+                number, segment = places[rank]
+                found[number][segment] = hypotheses
+                missing[number] -= 1
+                is_whole = missing[number] == 0
+                tokens = len(hypotheses[0].tokens)
+                _tell(listeners, Progress(texts=int(is_whole), sentences=1, tokens=tokens))
     return found
 
 

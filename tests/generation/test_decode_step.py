@@ -1,5 +1,6 @@
 """The compiled step: few graphs, no breaks, and the tokens of the eager one."""
 
+import copy
 import json
 import random
 from functools import cache
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from moe_mt.checkpoints import load
+from moe_mt.errors import InputError
 from moe_mt.generation import (
     BatchLimits,
     CompiledStep,
@@ -137,3 +139,99 @@ def test_a_bucket_that_ran_out_of_memory_is_given_back(monkeypatch):
     assert all(sentences <= 4 for sentences, _, _ in step._buckets)
     for number, hypotheses in dict(generate_each(model, requests, config, limits=limits)).items():
         assert found[number][0].tokens == hypotheses[0].tokens
+
+
+def requests_of(lengths, limits):
+    return [
+        Request(source_tokens=[*(5 + i % 50 for i in range(length - 1)), EOS], max_new_tokens=limit)
+        for length, limit in zip(lengths, limits, strict=True)
+    ]
+
+
+def tokens_of(model, requests, sentences, **more):
+    found = generate_each(
+        model, requests, GenerationConfig(), limits=BatchLimits(sentences=sentences), **more
+    )
+    return {number: hypotheses[0].tokens for number, hypotheses in found}
+
+
+def test_a_bucket_that_was_run_to_its_end_is_as_good_as_new():
+    model, step = load_model("dense_3_1"), CompiledStep(load_model("dense_3_1"), backend="eager")
+    # Ended at the last position, then fewer sentences in the same bucket, then as many again.
+    for lengths, limits in (([9] * 4, [31] * 4), ([7] * 3, [31] * 3), ([5] * 4, [60] * 4)):
+        requests = requests_of(lengths, limits)
+        assert tokens_of(model, requests, 4, step=step) == tokens_of(model, requests, 4)
+
+
+def test_sentences_that_fill_a_bucket_claim_no_expert(monkeypatch):
+    model = load_model("moe_4_experts_bias")
+    step = CompiledStep(model, backend="eager")
+    (sparse,) = [m for m in model.decoder.modules() if type(m).__name__ == "MoELayer"][:1]
+    seen, choose = [], sparse.router.choose
+
+    def spy(logits, padding=None, noise=None):
+        routing = choose(logits, padding, noise)
+        seen.append(routing.expert_ids)
+        return routing
+
+    monkeypatch.setattr(sparse.router, "choose", spy)
+    monkeypatch.setattr(step, "_decode", model.decode)  # a spy cannot stand in a graph
+    tokens_of(model, requests_of([4, 4, 4], [3, 3, 3]), 3, step=step)
+    assert len(seen) == 3
+    for expert_ids in seen:
+        assert (expert_ids[3:] == sparse.router.num_experts).all()
+        assert (expert_ids[:3] < sparse.router.num_experts).all()
+
+
+def test_positions_beyond_the_models_own_table_are_there():
+    model = load_model("dense_2_2")
+    requests = requests_of([90, 3], [20, 130])
+    step = CompiledStep(model, backend="eager")
+    found = tokens_of(model, requests, 2, step=step)
+    assert found == tokens_of(model, requests, 2)
+
+
+def test_a_copy_decodes_with_the_copied_model():
+    model = load_model("dense_2_2")
+    other, step = copy.deepcopy((model, CompiledStep(model, backend="eager")))
+    with torch.no_grad():
+        other.decoder.norm.weight.neg_()
+    requests = requests_of([4, 6], [9, 9])
+    found = tokens_of(other, requests, 2, step=step)
+    assert found == tokens_of(other, requests, 2)
+    assert found != tokens_of(model, requests, 2)
+
+
+def test_what_changes_for_a_compiler_is_compiled_anew_in_every_bucket():
+    model, step = load_model("dense_2_2"), CompiledStep(load_model("dense_2_2"), backend="eager")
+    # Twelve buckets: more than PyTorch compiles of one function by itself.
+    sizes = [(sentences, limit) for sentences in (1, 2, 4, 8) for limit in (20, 40, 80)]
+    requests = {size: requests_of([4] * size[0], [size[1]] * size[0]) for size in sizes}
+    model.positions.reserve(128)
+    threads = torch.get_num_threads()
+    try:
+        for changed in (threads, threads + 1):
+            torch.set_num_threads(changed)
+            for size in sizes:
+                tokens_of(model, requests[size], size[0], step=step)
+    finally:
+        torch.set_num_threads(threads)
+    assert step.graphs == 12
+
+
+@pytest.mark.parametrize("first_sentences", [2, 4], ids=["the same bucket", "another"])
+def test_two_batches_at_once_are_refused_and_not_mixed(first_sentences):
+    model, step = load_model("dense_2_2"), CompiledStep(load_model("dense_2_2"), backend="eager")
+    count = first_sentences
+    outer = generate_each(
+        model,
+        requests_of([4] * count, [3] + [20] * (count - 1)),
+        GenerationConfig(min_new_tokens=3),
+        limits=BatchLimits(sentences=count),
+        step=step,
+    )
+    next(outer)
+    requests = requests_of([5, 6], [9, 9])
+    assert tokens_of(model, requests, 2, step=step) == tokens_of(model, requests, 2)
+    with pytest.raises(InputError, match="one batch at a time"):
+        list(outer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_mt.checkpoints import load
-from moe_mt.errors import PlacementError
+from moe_mt.errors import ConfigError, InputError, PlacementError
 from moe_mt.generation import BatchLimits, GenerationConfig, Request, generate_each
 from tests.translators import ScriptedModel, echo
 
@@ -164,3 +164,60 @@ def test_a_sentence_that_does_not_fit_alone_is_named():
 def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="something else"):
         run(SmallMemory(0, RuntimeError("something else")), echo_requests([5, 4]), sentences=2)
+
+
+# --- what a search for mistakes found ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GenerationConfig(), GenerationConfig(do_sample=True, seed=3)],
+    ids=["greedy", "drawn"],
+)
+def test_a_cohort_that_is_done_leaves_however_few_it_is(config):
+    # One of eight ends at once and one more joins, which ends before the other seven: its search,
+    # and its table of random numbers, end after three steps.
+    model = load_model("dense_3_1")
+    limits = [3, 40, 40, 40, 40, 40, 40, 40, 3]
+    requests = [
+        Request(source_tokens=[9 + i, 8, EOS], forced_tokens=[20], max_new_tokens=limit)
+        for i, limit in enumerate(limits)
+    ]
+    alone = [run(model, [request], config, sentences=1)[0][1] for request in requests]
+    for number, hypotheses in run(model, requests, config, sentences=8):
+        assert [h.tokens for h in hypotheses] == [h.tokens for h in alone[number]]
+
+
+def test_the_last_one_waiting_joins_as_soon_as_there_is_room():
+    model = ScriptedModel(echo)
+    run(model, echo_requests([9] * 7 + [3] + [6]), sentences=8)
+    assert model.batches == [[9] * 7 + [3], [6]]
+    assert len(model.rows) == 9
+
+
+def test_a_smaller_batch_keeps_to_the_limit_of_source_tokens(caplog):
+    model = SmallMemory(3, MemoryError())
+    run(model, echo_requests([6] * 8), sentences=64, source_tokens=24)
+    # Four were decoded together when memory ran out, not sixty-four.
+    assert "out of memory with 4 sentences at once; going on with 2" in caplog.text
+    assert max(map(len, model.batches[1:])) == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({"sentences": 0}, "0 sentences"), ({"sentences": 1, "source_tokens": 0}, "0 source_tokens")],
+)
+def test_limits_that_leave_room_for_none_are_refused(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        BatchLimits(**limits)
+
+
+def test_an_output_limit_of_nothing_is_refused():
+    request = Request(source_tokens=[9, EOS], max_new_tokens=0)
+    with pytest.raises(InputError, match="limit of 0"):
+        run(load_model("dense_2_2"), [request], sentences=1)
+
+
+def test_a_source_without_a_real_token_is_translated():
+    requests = [Request(source_tokens=[], max_new_tokens=3), varied_requests(1)[0]]
+    assert len(run(load_model("dense_2_2"), requests, sentences=2)) == 2

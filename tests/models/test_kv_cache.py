@@ -126,3 +126,17 @@ def test_reordering_moves_a_table_and_no_key_or_value():
     key, _ = cache.rows(layer)
     assert torch.equal(key[0], before[0, :, 2, :1])
     assert torch.equal(key[1], key[0])
+
+
+@torch.no_grad()
+def test_when_the_one_that_came_farthest_leaves_there_is_room_again():
+    model = load_model("dense_2_2")
+    cache = new_cache(model, SOURCES[:1], 1, capacity=8)
+    for step in range(8):
+        model.decode_step(TOKENS[step, :1], cache)
+    cache.regroup(joining=new_cache(model, SOURCES[1:2], 1, capacity=8))
+    cache.regroup(torch.tensor([1]), length=0, capacity=8)
+    keys = cache.layers[0].key
+    for step in range(8):
+        model.decode_step(TOKENS[step, 1:2], cache)
+    assert cache.layers[0].key is keys
