@@ -59,12 +59,12 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
-		--editable . transformers peft pytest pytest-benchmark hypothesis sacrebleu
+		--editable . transformers ctranslate2 peft pytest pytest-benchmark hypothesis sacrebleu
 	touch $@
 
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -m peers tests/checkpoints tests/integrations tests/pretrained \
-		tests/translator
+	$(PEERS)/bin/python -m pytest -m peers tests/benchmarks tests/checkpoints tests/integrations \
+		tests/pretrained tests/translator
 
 goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py

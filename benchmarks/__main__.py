@@ -12,14 +12,21 @@ HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16")
 BUILD = HERE.parent / "build"
 RAW = BUILD / "benchmarks.json"
-REHEARSED = ("moe", "ops")
+REHEARSED = ("generation", "moe", "ops")
+ONLY_BY_NAME = ("generation",)
+"""Parts that are measured where they are named: they need gigabytes of disk and ten minutes."""
 
 
 def main() -> int:
     """Run what was asked for; return pytest's exit code, or the recorder's."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parts = sorted({path.parent.name for path in HERE.glob("*/bench_*.py")})
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(parts)}; all but {', '.join(ONLY_BY_NAME)}",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--dtype", choices=DTYPES, help="float32 on the CPU and bfloat16 on a GPU where unset"
@@ -40,11 +47,12 @@ def main() -> int:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose from {parts}")
     if options.rehearse and (options.device == "cuda" or set(options.parts) - set(REHEARSED)):
         parser.error(f"--rehearse is for the CPU, and for the parts {', '.join(REHEARSED)}")
-    parts = [*REHEARSED] if options.rehearse else parts
+    default = REHEARSED if options.rehearse else [p for p in parts if p not in ONLY_BY_NAME]
     results = options.results or (BUILD / "rehearsal" if options.rehearse else record.RESULTS)
     RAW.parent.mkdir(parents=True, exist_ok=True)
     RAW.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", *_pytest_arguments(options, parts)]
+    arguments = _pytest_arguments(options, options.parts or [*default])
+    command = [sys.executable, "-m", "pytest", *arguments]
     interpreted = {"TRITON_INTERPRET": "1"} if options.rehearse else {}
     environment = {**os.environ, **interpreted}
     failed = subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode
@@ -59,7 +67,7 @@ def main() -> int:
 def _pytest_arguments(options: argparse.Namespace, parts: list[str]) -> list[str]:
     given = {"--device": options.device, "--dtype": options.dtype, "--commit": options.commit}
     return [
-        *(str(HERE / part) for part in options.parts or parts),
+        *(str(HERE / part) for part in parts),
         *("-o", "python_files=bench_*.py", "-o", "addopts=", "-p", "no:cacheprovider", "-rs", "-q"),
         *("-o", "filterwarnings=default"),  # a peer's deprecations are no reason not to measure
         "--benchmark-timer=benchmarks.timing.synchronized",

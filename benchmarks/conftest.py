@@ -13,8 +13,9 @@ from benchmarks.floors import Ceilings, measure_ceilings
 from benchmarks.graphs import Captured, measure
 from benchmarks.signature import build_signature
 
-ON_A_GPU = ("bench_layer_graph.py",)
-NOT_REHEARSED = ("bench_layer.py", "bench_translate.py")
+ON_A_GPU = ("bench_generate_54b.py", "bench_layer_graph.py")
+ON_A_CPU = ("bench_generate.py",)
+NOT_REHEARSED = ("bench_layer.py", "bench_translate.py", *ON_A_CPU)
 """Files whose every line also runs on a CPU."""
 
 CEILINGS = pytest.StashKey[Ceilings]()
@@ -33,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if config.getoption("--rehearse"):
         return True if collection_path.name in NOT_REHEARSED else None
-    on_cpu = config.getoption("--device") == "cpu"
-    return True if on_cpu and collection_path.name in ON_A_GPU else None
+    elsewhere = ON_A_GPU if config.getoption("--device") == "cpu" else ON_A_CPU
+    return True if collection_path.name in elsewhere else None
 
 
 def pytest_report_header(config: pytest.Config) -> str:

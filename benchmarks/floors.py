@@ -6,18 +6,24 @@ import torch
 
 from benchmarks.graphs import capture, measure
 from benchmarks.shapes import AttentionShape, LayerShape
+from benchmarks.timing import synchronized
+from moe_mt.models import TransformerConfig
 
 __all__ = [
     "Ceilings",
     "Work",
     "attention_backward",
     "attention_forward",
+    "decoder_step",
+    "generation",
     "layer_backward",
     "layer_forward",
     "measure_ceilings",
+    "measure_reading",
 ]
 
 COPY_BYTES, PRODUCT_SIDE = 2**30, 8192
+READ_ROUNDS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +129,88 @@ def attention_backward(shape: AttentionShape, valid_keys: int, item_bytes: int) 
         bytes=(4 * query_rows + 2 * valid_keys + 2 * key_rows) * width * item_bytes,
         flops=10 * shape.queries * valid_keys * width,
     )
+
+
+def decoder_step(config: TransformerConfig, rows: int, distinct: float, item_bytes: float) -> Work:
+    """Return the work of one decoder step: its weights, each read once.
+
+    Left out: keys and values, biases and normalisations, and the projection of the memory, which is
+    done once a batch.
+
+    Args:
+        config: Of the model.
+        rows: Sentences times beams.
+        distinct: Experts of a sparse layer that got a row.
+        item_bytes: Bytes of one weight.
+    """
+    dense, sparse = _layers(config, encoder=False)
+    attention = 6 * config.d_model**2
+    one_expert = 2 * config.d_model * config.decoder_ffn_dim
+    shared = (dense + sparse) * attention + dense * one_expert
+    shared += config.vocab_size * config.d_model
+    return Work(
+        bytes=round((shared + sparse * distinct * one_expert) * item_bytes),
+        flops=2 * rows * (shared + 2 * sparse * one_expert),
+    )
+
+
+def generation(
+    config: TransformerConfig,
+    *,
+    sentences: int,
+    beams: int,
+    source_tokens: int,
+    new_tokens: int,
+    item_bytes: float,
+    distinct_encoding: float = 0,
+    distinct: float = 0,
+) -> Work:
+    """Return the work of generating a batch: the encoder once, then a step for every token.
+
+    Args:
+        config: Of the model.
+        sentences: In the batch.
+        beams: Of every sentence.
+        source_tokens: Of every sentence.
+        new_tokens: Of every translation.
+        item_bytes: Bytes of one weight.
+        distinct_encoding: Experts of a sparse encoder layer that got a token.
+        distinct: The same of a decoder layer in a step.
+    """
+    dense, sparse = _layers(config, encoder=True)
+    attention = 4 * config.d_model**2
+    one_expert = 2 * config.d_model * config.encoder_ffn_dim
+    memory = 2 * config.decoder_layers * config.d_model**2
+    shared = (dense + sparse) * attention + dense * one_expert + memory
+    step = decoder_step(config, sentences * beams, distinct, item_bytes)
+    encoding = round((shared + sparse * distinct_encoding * one_expert) * item_bytes)
+    return Work(
+        bytes=encoding + new_tokens * step.bytes,
+        flops=2 * sentences * source_tokens * (shared + 2 * sparse * one_expert)
+        + new_tokens * step.flops,
+    )
+
+
+def _layers(config: TransformerConfig, *, encoder: bool) -> tuple[int, int]:
+    """Return how many layers of one side are dense, and how many hold experts."""
+    count = config.encoder_layers if encoder else config.decoder_layers
+    is_sparse = config.encoder_layer_is_sparse if encoder else config.decoder_layer_is_sparse
+    sparse = sum(map(is_sparse, range(count)))
+    return count - sparse, sparse
+
+
+def measure_reading(count: int = COPY_BYTES, rounds: int = READ_ROUNDS) -> float:
+    """Return the bytes per second at which PyTorch's threads read memory at best.
+
+    The best of several rounds, for a floor is what nothing gets under.
+    """
+    numbers = torch.rand(count // 4)
+    seconds = []
+    for _ in range(rounds):
+        start = synchronized()
+        numbers.sum()
+        seconds.append(synchronized() - start)
+    return numbers.nbytes / min(seconds)
 
 
 def measure_ceilings(

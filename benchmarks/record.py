@@ -44,6 +44,8 @@ FIGURES = {
     "extra_bytes": "lower",
     "launched_s": "lower",
     "warm_s": "lower",
+    "load_s": "lower",
+    "peak_anonymous_bytes": "lower",
     "chrf": "higher",
     "exact_match": "higher",
 }
@@ -266,6 +268,11 @@ def describe(rows: Sequence[Row], changes: Sequence[Change], last: str) -> str:
             )
         lines += [f"    {line}" for line in _describe_roofline(row)]
         figures = row.get("figures", {})
+        if "peak_anonymous_bytes" in figures:
+            lines.append(
+                f"    {figures['tokens'] / seconds['median']:.4g} tokens/s, loaded in "
+                f"{figures['load_s']:.3g} s, {figures['peak_anonymous_bytes'] / 1e9:.3g} GB at most"
+            )
         if "chrf" in figures:
             lines.append(
                 f"    {figures['sentences'] / seconds['median']:.4g} sentences/s, "
@@ -292,7 +299,11 @@ def _describe_roofline(row: Row) -> list[str]:
         note = f" ({peer['note']})" if "note" in peer else ""
         if "seconds" in peer:
             taken = peer["seconds"]["median"]
-            lines.append(f"{name}: {taken * 1e3:.4g} ms, {taken / seconds:.2f} times ours{note}")
+            held = peer.get("peak_anonymous_bytes")
+            memory = f", {held / 1e9:.3g} GB, loaded in {peer['load_s']:.3g} s" if held else ""
+            lines.append(
+                f"{name}: {taken * 1e3:.4g} ms, {taken / seconds:.2f} times ours{memory}{note}"
+            )
         else:
             lines.append(f"{name}: not timed{note}")
     return lines

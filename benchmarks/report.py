@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.formats import NOTHING, number
+from benchmarks.generation.columns import (
+    GRAPHS_COLUMNS,
+    REORDER_COLUMNS,
+    RESOURCE_COLUMNS,
+    SPEED_COLUMNS,
+    STEP_COLUMNS,
+    WHOLE_COLUMNS,
+)
 from benchmarks.plots import plot_graph, plot_layer, plot_translate
 from benchmarks.record import RESULTS, RecordError, newest_rows
 from benchmarks.signature import device_slug, merge_signatures, parse_signature
@@ -20,7 +29,6 @@ __all__ = ["END", "START", "ReportError", "main", "render_docs", "render_readme"
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
-NOTHING = "–"
 MARK = " \\*"
 """At a time that is not what the others in its table are, for a reason given below it."""
 
@@ -48,12 +56,15 @@ class Table:
     peers: bool = False
     """Whether every peer gets a column."""
 
+    all_models: bool = False
+    """Whether rows of several models and precisions stand under each other."""
+
     def groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """Return the rows of this table under what they were measured on, in order of size."""
         found: dict[str, list[Row]] = {}
         for row in rows:
             if row["name"].startswith(self.benchmark):
-                found.setdefault(_setting(row), []).append(row)
+                found.setdefault(self._setting(row), []).append(row)
         return {name: sorted(found[name], key=self._order) for name in sorted(found)}
 
     def render(self, rows: Sequence[Row]) -> list[str]:
@@ -75,30 +86,23 @@ class Table:
         """Return the file name of the picture of a group; empty where there is none."""
         return f"{self.plot[0]}-{device_slug(setting)}.svg" if self.plot else ""
 
+    def _setting(self, row: Row) -> str:
+        """Return what rows of one group share."""
+        fields = parse_signature(row["signature"])
+        parts = [fields["device"]]
+        parts += [] if self.all_models else [fields["model"], fields["dtype"]]
+        if "threads" in fields:
+            parts.append(f"{fields['threads']} thread{'s' * (fields['threads'] != '1')}")
+        return ", ".join(parts)
+
     def _order(self, row: Row) -> list[tuple[int, str]]:
         fields = parse_signature(row["signature"])
         found = [fields.get(size, "") for size in self.sizes]
         return [(int(size), "") if size.isdigit() else (0, size) for size in found]
 
 
-def _setting(row: Row) -> str:
-    """Return what rows of one group share: device, model, precision and threads."""
-    fields = parse_signature(row["signature"])
-    parts = [fields["device"], fields["model"], fields["dtype"]]
-    if "threads" in fields:
-        parts.append(f"{fields['threads']} thread{'s' * (fields['threads'] != '1')}")
-    return ", ".join(parts)
-
-
-def _number(value: float) -> str:
-    """Return three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def _milliseconds(spread: dict[str, float]) -> str:
-    low, middle, high = (_number(1e3 * spread[key]) for key in ("q1", "median", "q3"))
+    low, middle, high = (number(1e3 * spread[key]) for key in ("q1", "median", "q3"))
     return f"{middle} ({low} – {high})"
 
 
@@ -107,7 +111,7 @@ def _microseconds(spread: dict[str, float]) -> str:
 
 
 def _megabytes(count: float) -> str:
-    return _number(count / 1e6)
+    return number(count / 1e6)
 
 
 def _per_second(count: float, row: Row) -> float:
@@ -119,10 +123,10 @@ LAYER_COLUMNS: dict[str, Callable[[Row], str]] = {
     "extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
 }
 ROOFLINE_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "weights read, GB/s": lambda row: _number(
+    "weights read, GB/s": lambda row: number(
         _per_second(row["figures"]["weight_bytes_read"], row) / 1e9
     ),
-    "GFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e9),
+    "GFLOP/s": lambda row: number(_per_second(row["figures"]["flops"], row) / 1e9),
 }
 PEER_COLUMNS: dict[str, Callable[[Row], str]] = {
     "peer, ms (quartiles)": lambda row: _milliseconds(row["peer"]["seconds"]),
@@ -136,8 +140,8 @@ PEER_COLUMNS: dict[str, Callable[[Row], str]] = {
     ),
 }
 TRANSLATE_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "sentences/s": lambda row: _number(_per_second(row["figures"]["sentences"], row)),
-    "tokens/s": lambda row: _number(_per_second(row["figures"]["tokens"], row)),
+    "sentences/s": lambda row: number(_per_second(row["figures"]["sentences"], row)),
+    "tokens/s": lambda row: number(_per_second(row["figures"]["tokens"], row)),
     "weights, MB": lambda row: _megabytes(row["figures"]["weight_bytes"]),
     "peak extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
     "chrF++": lambda row: f"{row['figures']['chrf']:.1f}",
@@ -160,7 +164,7 @@ def _times_ours(row: Row, name: str) -> str:
     if "seconds" not in peer:
         return NOTHING
     ratio = peer["seconds"]["median"] / row["seconds"]["median"]
-    return _number(ratio) + MARK * ("note" in peer)
+    return number(ratio) + MARK * ("note" in peer)
 
 
 def _peer_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
@@ -179,7 +183,11 @@ def _all_peers(row: Row) -> str:
 
 def _ceilings(rows: Sequence[Row]) -> list[str]:
     """Return the measured ceilings that floors were computed from, as a line."""
-    found = [row["figures"] for row in rows if "copy_bytes_per_s" in row.get("figures", {})]
+    figures = [row.get("figures", {}) for row in rows]
+    if reading := [one["read_bytes_per_s"] for one in figures if "read_bytes_per_s" in one]:
+        shown = sorted({f"{speed / 1e9:.1f}" for speed in reading})
+        return [f"Memory was read at {' and '.join(shown)} GB/s in the same run.", ""]
+    found = [one for one in figures if "copy_bytes_per_s" in one]
     if not found:
         return []
     copies = sorted({f"{one['copy_bytes_per_s'] / 1e9:,.0f}" for one in found})
@@ -204,30 +212,75 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 GRAPH_COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms (quartiles)": lambda row: _milliseconds(row["seconds"]) + MARK * ("note" in row),
-    "floor, ms": _floor(lambda _, floor_s: _number(1e3 * floor_s)),
+    "floor, ms": _floor(lambda _, floor_s: number(1e3 * floor_s)),
     "times the floor": _floor(lambda row, floor_s: f"**{row['seconds']['median'] / floor_s:.2f}**"),
-    "GB/s": lambda row: _number(_per_second(row["figures"]["bytes"], row) / 1e9),
-    "TFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e12),
-    "experts hit": lambda row: _number(row["figures"]["distinct_experts"]),
+    "GB/s": lambda row: number(_per_second(row["figures"]["bytes"], row) / 1e9),
+    "TFLOP/s": lambda row: number(_per_second(row["figures"]["flops"], row) / 1e12),
+    "experts hit": lambda row: number(row["figures"]["distinct_experts"]),
 }
 LAUNCHED_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "without a graph, ms": lambda row: _number(1e3 * row["figures"]["launched_s"]),
+    "without a graph, ms": lambda row: number(1e3 * row["figures"]["launched_s"]),
     "extra memory, MB": lambda row: _megabytes(row["figures"]["extra_bytes"]),
 }
 FIRST_CALL_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "empty cache, s": lambda row: _number(row["seconds"]["median"]),
-    "kernels in the cache, s": lambda row: _number(row["figures"]["warm_s"]),
+    "empty cache, s": lambda row: number(row["seconds"]["median"]),
+    "kernels in the cache, s": lambda row: number(row["figures"]["warm_s"]),
 }
 OPERATION_COLUMNS: dict[str, Callable[[Row], str]] = {
     "µs (quartiles)": lambda row: _microseconds(row["seconds"]) + MARK * ("note" in row),
-    "floor, µs": _floor(lambda _, floor_s: _number(1e6 * floor_s)),
+    "floor, µs": _floor(lambda _, floor_s: number(1e6 * floor_s)),
     "times the floor": _floor(lambda row, floor_s: f"{row['seconds']['median'] / floor_s:.2f}"),
-    "GB/s": lambda row: _number(_per_second(row["figures"]["bytes"], row) / 1e9),
-    "GFLOP/s": lambda row: _number(_per_second(row["figures"]["flops"], row) / 1e9),
+    "GB/s": lambda row: number(_per_second(row["figures"]["bytes"], row) / 1e9),
+    "GFLOP/s": lambda row: number(_per_second(row["figures"]["flops"], row) / 1e9),
     "others, times ours": _all_peers,
 }
 
+GENERATION = "generation/bench_generate.py::test_generate["
+BATCHES = ("model", "dtype", "batch", "beam")
+
 TABLES = (
+    Table(
+        benchmark=GENERATION,
+        title="Generation beside CTranslate2 and transformers",
+        sizes=BATCHES,
+        columns=SPEED_COLUMNS,
+        in_readme=True,
+        all_models=True,
+    ),
+    Table(
+        benchmark=GENERATION,
+        title="Generation: memory and loading",
+        sizes=BATCHES,
+        columns=RESOURCE_COLUMNS,
+        all_models=True,
+    ),
+    Table(
+        benchmark="generation/bench_step.py::test_step[",
+        title="One decoder step",
+        sizes=(*BATCHES, "mode"),
+        columns=STEP_COLUMNS,
+        all_models=True,
+    ),
+    Table(
+        benchmark="generation/bench_generate_54b.py::test_generate_54b[",
+        title="Generation with the shape of the 54B",
+        sizes=("batch", "beam"),
+        columns=WHOLE_COLUMNS,
+        in_readme=True,
+        peers=True,
+    ),
+    Table(
+        benchmark="generation/bench_generate_54b.py::test_graphs",
+        title="Graphs after sentences of random lengths",
+        sizes=("sentences", "longest"),
+        columns=GRAPHS_COLUMNS,
+    ),
+    Table(
+        benchmark="generation/bench_reorder.py::test_reorder[",
+        title="Beams that change places: moving a layer's cache or masking it",
+        sizes=("batch", "beam", "length"),
+        columns=REORDER_COLUMNS,
+    ),
     Table(
         benchmark="moe/bench_layer_graph.py::test_forward[",
         title="One mixture-of-experts layer as a CUDA graph, forward",
@@ -292,8 +345,15 @@ Times are medians with quartiles; MB are 10^6 bytes. Extra memory is the most th
 beyond what was held before it. In the comparison both layers run on the same weights in the same
 process, in turns, and "times as fast" is the median of the ratios round by round.
 
-A floor is the larger of bytes that must be moved over the speed of a copy, and operations over the
-speed of a large product. "Times ours" is a peer's time over ours: above 1, this package is faster.
+Generation is of 32 tokens from 32, from random weights, each system in a process of its own;
+tokens per second are of all sentences together. Peak GB are of the whole process without mapped
+files. "Times CTranslate2" and "times transformers" say how many times as fast this package is, by
+the ratios of each round. transformers computes in float32 everywhere. The bandwidth floor is what
+reading the weights alone would allow.
+
+Elsewhere, a floor is the larger of bytes that must be moved over the speed of a copy, and
+operations over the speed of a large product. "Times ours" is a peer's time over ours: above 1, this
+package is faster.
 
 """
 

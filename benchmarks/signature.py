@@ -24,6 +24,7 @@ __all__ = [
     "device_name",
     "device_slug",
     "format_signature",
+    "instruction_set",
     "merge_signatures",
     "parse_signature",
 ]
@@ -99,6 +100,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor_name()}, {os.cpu_count()} cores"
+
+
+def instruction_set() -> str:
+    """Return the widest vectors that PyTorch computes with here, and whether int8 has its own."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    flags = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else ""
+    return widest + ("+VNNI" if re.search(r"\bavx(512)?_vnni\b", flags) else "")
 
 
 def device_slug(name: str) -> str:

@@ -11,6 +11,7 @@ from moe_mt.models import (
     Location,
     Seq2SeqTransformer,
     TransformerConfig,
+    keeps_values,
     pack_expert,
     pack_parameter,
 )
@@ -98,8 +99,14 @@ class Filling:
         if first is not None:
             self._require_equal(label, first, location, source)
             return 0
-        target = self._target(location)
-        copy_checked(label, target, source)
+        if self._is_only_packed(location) and source.dtype == torch.float32:
+            # Packed from the file's own pages, without a copy of its values.
+            target = self._lend(location, source)
+            for chunk in _chunks(source):
+                _require_finite(label, chunk, chunk)
+        else:
+            target = self._target(location)
+            copy_checked(label, target, source)
         self._filled[_slot(location)] = key
         if self._pack is not None:
             self._pack_filled(location, target, self._pack)
@@ -142,6 +149,18 @@ class Filling:
                 f"{label} and {first} differ, and are one parameter in this model; weights that "
                 "were trained apart cannot be used here: save the checkpoint with tied embeddings"
             )
+
+    def _is_only_packed(self, location: Location) -> bool:
+        pack = self._pack
+        return pack is not None and not keeps_values(self.model, location.parameter, pack)
+
+    def _lend(self, location: Location, source: Tensor) -> Tensor:
+        """Let the model have a tensor until it is packed."""
+        if location.expert is None:
+            module, _, leaf = location.parameter.rpartition(".")
+            lent = nn.Parameter(source, requires_grad=False)
+            self.model.get_submodule(module).register_parameter(leaf, lent)
+        return source
 
     def _target(self, location: Location) -> Tensor:
         if self._pack is not None and location.expert is not None:
@@ -223,9 +242,13 @@ def copy_checked(label: str, target: Tensor, source: Tensor) -> None:
     """
     for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
         into.copy_(out_of)
-        # The extremes are NaN where any element is, so two numbers vouch for the whole chunk.
-        if not torch.stack(torch.aminmax(into)).isfinite().all():
-            raise _not_finite(label, into, out_of)
+        _require_finite(label, into, out_of)
+
+
+def _require_finite(label: str, chunk: Tensor, out_of: Tensor) -> None:
+    # The extremes are NaN where any element is, so two numbers vouch for the whole chunk.
+    if not torch.stack(torch.aminmax(chunk)).isfinite().all():
+        raise _not_finite(label, chunk, out_of)
 
 
 def _not_finite(label: str, into: Tensor, out_of: Tensor) -> CheckpointError:

@@ -26,6 +26,7 @@ __all__ = [
     "PackedHeadEmbedding",
     "PackedLinear",
     "is_packed",
+    "keeps_values",
     "pack_expert",
     "pack_model",
     "pack_parameter",
@@ -199,6 +200,23 @@ def pack_expert(
         _replace(model, path, experts)
     assert isinstance(experts, PackedExperts)
     experts.set(expert, **{leaf: tensor})
+
+
+def keeps_values(model: Seq2SeqTransformer, name: str, kind: str) -> bool:
+    """Whether a packed model keeps a parameter's own values, so that these must be copied.
+
+    Args:
+        model: Its embedding and linear layers, as far as they are not packed yet.
+        name: The parameter in a model that is not packed.
+        kind: One of ``PACKED_KINDS``.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, (Experts, PackedExperts)):
+        return not leaf.endswith("proj")
+    if leaf != "weight" or not _is_packable(model, path):
+        return True
+    return isinstance(module, TokenEmbedding) and kind == "float32"
 
 
 def packed_bytes(model: Seq2SeqTransformer, kind: str) -> int:

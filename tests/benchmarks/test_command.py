@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import record
-from benchmarks.conftest import NOT_REHEARSED, ON_A_GPU, pytest_ignore_collect
+from benchmarks.conftest import NOT_REHEARSED, ON_A_CPU, ON_A_GPU, pytest_ignore_collect
 from benchmarks.shapes import (
     BACKWARD_TOKENS,
     GPU_TOKENS,
@@ -61,6 +61,11 @@ def test_all_parts_are_measured_where_none_is_named(run):
     assert folders(run())[:3] == ["end_to_end", "moe", "ops"]
 
 
+def test_what_takes_ten_minutes_is_measured_where_it_is_named(run):
+    assert folders(run("generation"))[:1] == ["generation"]
+    assert "generation" not in folders(run())
+
+
 def test_a_part_its_expression_and_its_device_reach_pytest(run):
     seen = run("--device", "cuda", "moe", "-k", "backward")  # as PART="moe -k backward" says it
     assert folders(seen)[:1] == ["moe"]
@@ -77,7 +82,7 @@ def test_results_go_where_they_are_wanted(run, tmp_path):
 
 def test_a_rehearsal_is_interpreted_and_recorded_apart(run, tmp_path):
     seen = run("--rehearse")
-    assert folders(seen)[:2] == ["moe", "ops"]
+    assert folders(seen)[:3] == ["generation", "moe", "ops"]
     assert "--rehearse" in seen.arguments
     assert seen.environment["TRITON_INTERPRET"] == "1"
     assert seen.recorded[2] == str(tmp_path / "rehearsal")
@@ -88,7 +93,7 @@ def test_a_rehearsal_is_interpreted_and_recorded_apart(run, tmp_path):
     [
         (("speed",), "no part speed"),
         (("--rehearse", "--device", "cuda"), "for the CPU"),
-        (("--rehearse", "end_to_end"), "moe, ops"),
+        (("--rehearse", "end_to_end"), "generation, moe, ops"),
     ],
 )
 def test_what_cannot_be_run_is_refused(run, capsys, arguments, message):
@@ -118,6 +123,13 @@ def test_nothing_is_recorded_where_nothing_was_written(run):
         ("bench_layer.py", "cpu", False, False),
         ("bench_layer.py", "cuda", False, False),
         ("bench_layer.py", "cpu", True, True),  # every line of it runs on a CPU anyway
+        ("bench_generate.py", "cpu", False, False),
+        ("bench_generate.py", "cuda", False, True),  # its peers are those of a processor
+        ("bench_generate.py", "cpu", True, True),
+        ("bench_generate_54b.py", "cpu", False, True),
+        ("bench_generate_54b.py", "cuda", False, False),
+        ("bench_generate_54b.py", "cpu", True, False),
+        ("bench_step.py", "cuda", False, False),
         ("bench_permute.py", "cpu", False, False),
         ("bench_permute.py", "cpu", True, False),
     ],
@@ -130,7 +142,7 @@ def test_what_a_device_measures(tmp_path, name, device, rehearse, ignored):
 
 def test_the_files_that_are_left_out_exist():
     found = {path.name for path in command.HERE.glob("*/bench_*.py")}
-    assert {*ON_A_GPU, *NOT_REHEARSED} < found
+    assert {*ON_A_GPU, *ON_A_CPU, *NOT_REHEARSED} < found
 
 
 def test_a_gpu_measures_the_layer_of_the_54b_at_all_sizes():

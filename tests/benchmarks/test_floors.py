@@ -9,11 +9,17 @@ from benchmarks.floors import (
     Work,
     attention_backward,
     attention_forward,
+    decoder_step,
+    generation,
     layer_backward,
     layer_forward,
     measure_ceilings,
+    measure_reading,
 )
+from benchmarks.generation.shapes import MODELS, TOY_DENSE, TOY_MOE
+from benchmarks.generation.shapes import NLLB_MOE_54B as MODEL_54B
 from benchmarks.shapes import NLLB_MOE_54B, AttentionShape, LayerShape
+from moe_mt.models import Seq2SeqTransformer
 
 H200 = Ceilings(bytes_per_s=4.3e12, flops_per_s=790e12)
 BFLOAT16 = 2
@@ -121,3 +127,54 @@ def test_ceilings_can_be_measured():
     found = measure_ceilings(torch.device("cpu"), torch.float32, copy_bytes=1000, side=10, rounds=1)
     assert found.bytes_per_s > 0
     assert found.flops_per_s > 0
+
+
+def matrices(model, *, without=()):
+    """Return the numbers in all matrices but those whose names hold one of some words."""
+    return sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() > 1 and not any(word in name for word in without)
+    )
+
+
+def test_a_step_reads_the_decoder_and_the_embedding_but_not_the_projection_of_the_memory():
+    model = Seq2SeqTransformer(TOY_DENSE)
+    once = ("encoder.", "cross_attention.k_proj", "cross_attention.v_proj")
+    step = decoder_step(TOY_DENSE, rows=3, distinct=0, item_bytes=4)
+    assert step.bytes == 4 * matrices(model, without=once)
+    assert step.flops == 2 * 3 * matrices(model, without=once)
+    whole = generation(
+        TOY_DENSE, sentences=3, beams=1, source_tokens=32, new_tokens=8, item_bytes=4
+    )
+    rest = matrices(model) - matrices(model, without=once)
+    assert whole.bytes == 4 * rest + 8 * step.bytes
+
+
+def test_of_a_sparse_layer_only_the_experts_hit_are_read():
+    model = Seq2SeqTransformer(TOY_MOE)
+    once = ("encoder.", "cross_attention.k_proj", "cross_attention.v_proj", "router", "bias")
+    step = decoder_step(TOY_MOE, rows=1, distinct=8, item_bytes=1)
+    assert step.bytes == matrices(model, without=once)
+    expert = 2 * TOY_MOE.d_model * TOY_MOE.decoder_ffn_dim
+    assert step.bytes - decoder_step(TOY_MOE, rows=1, distinct=2, item_bytes=1).bytes == 6 * expert
+
+
+@pytest.mark.parametrize(
+    ("rows", "milliseconds"),
+    [(1, 1.00), (32, 5.55), (128, 11.2)],  # the design adds keys and values: 1.00, 5.62, 11.5
+)
+def test_floors_of_a_step_of_the_54b_are_those_of_the_design(rows, milliseconds):
+    step = decoder_step(MODEL_54B, rows, distinct(rows), BFLOAT16)
+    assert 1e3 * H200.floor_s(step) == pytest.approx(milliseconds, rel=0.02)
+
+
+def test_a_step_of_m2m100_reads_its_weights():
+    step = decoder_step(MODELS["m2m100-418m"].config, rows=1, distinct=0, item_bytes=4)
+    assert step.bytes / 1e9 == pytest.approx(1.23, abs=0.01)
+
+
+def test_reading_is_the_best_of_all_rounds(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(floors, "synchronized", lambda: next(clock))
+    assert measure_reading(2**20, rounds=3) == 2**20

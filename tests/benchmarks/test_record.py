@@ -268,6 +268,15 @@ def test_floor_and_peers_are_part_of_the_word(recorded, capsys):
         assert f"    {line}\n" in printed
 
 
+def test_speed_memory_and_loading_of_generation_are_part_of_the_word(recorded, capsys):
+    figures = {"tokens": 96, "load_s": 1.25, "peak_anonymous_bytes": 2_100_000_000}
+    peer = {"seconds": {"median": 4.5}, "load_s": 0.5, "peak_anonymous_bytes": 1_900_000_000}
+    recorded(raw(extra={"signature": signed(), "figures": figures, "peers": {"other": peer}}))
+    printed = capsys.readouterr().out
+    assert "    32 tokens/s, loaded in 1.25 s, 2.1 GB at most\n" in printed
+    assert "    other: 4500 ms, 1.50 times ours, 1.9 GB, loaded in 0.5 s\n" in printed
+
+
 def test_a_result_file_of_another_machine_is_taken_too(recorded, tmp_path, capsys):
     copied = tmp_path / "copied.json"
     copied.write_text(json.dumps({"device": "x", "version": "y", "rows": [row(2.0)]}))

@@ -18,6 +18,7 @@ OPERATIONS = sorted(
 )
 CHOSEN = (
     "(T20 and not (backward and zipf)) or (first_call and forward and not T1024) or cross_attention"
+    " or test_step or test_reorder or test_generate_54b or test_graphs"
 )
 """All code once; the rest differs in numbers only."""
 
@@ -95,6 +96,32 @@ def test_the_layer_is_timed_beside_its_floor_and_every_peer_that_is_here(rows, d
         # What is not timed is not here; nothing is wrong, and nothing failed.
         assert set(peers) - timed <= {"ScatterMoE", "transformers 4.57"}
         assert not [name for name in timed if "note" in peers[name]]
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_step_is_timed_beside_its_floor(rows, mode):
+    [row] = [row for row in named(rows, "::test_step[") if f"|mode:{mode}|" in row["signature"]]
+    assert row["figures"]["floor_s"] > 0
+    assert 2 <= row["figures"]["distinct_experts"] <= 4  # two beams
+
+
+def test_generation_is_timed_beside_its_floor_and_transformers_if_it_is_here(rows):
+    [row] = named(rows, "::test_generate_54b[")
+    assert row["figures"]["tokens"] == 2
+    assert row["figures"]["floor_s"] > 0
+    [peer] = row["peers"].values()
+    assert "seconds" in peer or "transformers" in peer["note"]
+
+
+def test_graphs_are_counted(rows):
+    [row] = named(rows, "::test_graphs")
+    assert 1 <= row["figures"]["graphs"] <= 2 * row["figures"]["buckets"]
+    assert row["figures"]["breaks"] == 0
+
+
+def test_both_ways_to_reorder_beams_are_timed(rows):
+    [row] = named(rows, "::test_reorder[")
+    assert row["peers"]["ancestry mask"]["seconds"]["median"] > 0
 
 
 def test_the_first_call_is_timed_twice(rows):

@@ -56,6 +56,32 @@ def translate_row(batch, beam):
     }
 
 
+def generate_row(model, batch, beam, *, dtype="float32", **peers):
+    """A row of generation: a batch in 2 seconds, near its floor."""
+    return {
+        "name": f"generation/bench_generate.py::test_generate[{model}-{batch}x{beam}-{dtype}]",
+        "date": "2026-11-22",
+        "seconds": spread(2.0),
+        "signature": signature(
+            model, f"batch:{batch}|beam:{beam}", dtype=dtype, peer="|peer:ctranslate2-4.8.5"
+        ),
+        "figures": {
+            **{"tokens": 32 * batch, "bytes": 4e10, "flops": 2e10, "floor_s": 1.6},
+            **{"read_bytes_per_s": 25e9, "load_s": 1.5, "first_s": 2.5},
+            "peak_anonymous_bytes": 2_100_000_000,
+        },
+        "peers": peers,
+    }
+
+
+def generate_peer(times, **more):
+    return {
+        **{"seconds": spread(2.0 * times), "speedup": spread(times), "same_translations": 0.5},
+        **{"load_s": 0.8, "first_s": 2.0, "peak_anonymous_bytes": 1_900_000_000},
+        **more,
+    }
+
+
 def graph_row(tokens, *, direction="forward", routing="uniform", ours=2e-3, **more):
     """A row of a layer as a graph: half as far from its floor as its time, and two peers."""
     return {
@@ -317,3 +343,87 @@ def test_a_readme_without_markers_is_left_alone(project, capsys):
     assert START in capsys.readouterr().err
     assert (project / "README.md").read_text() == "# Title\n"
     assert not (project / "docs").exists()
+
+
+GENERATED = [
+    generate_row(
+        "m2m100-418m",
+        8,
+        1,
+        **{"ctranslate2 float32": generate_peer(1.25), "transformers float32": generate_peer(2.5)},
+    ),
+    generate_row("m2m100-418m", 1, 4, **{"ctranslate2 float32": {"note": "not installed"}}),
+    generate_row(
+        "m2m100-418m",
+        1,
+        1,
+        dtype="int8-dynamic",
+        **{"ctranslate2 int8": generate_peer(1.5), "transformers float32": generate_peer(5.0)},
+    ),
+    generate_row("moe", 8, 4, **{"transformers float32": generate_peer(3.0)}),
+]
+
+
+def test_models_and_precisions_of_generation_stand_in_one_table():
+    text = render_readme(GENERATED)
+    [title] = re.findall(r"^### .*$", text, re.MULTILINE)
+    assert title == "### Generation beside CTranslate2 and transformers"
+    lines = [line for line in text.splitlines() if line.startswith("| m")]
+    assert [line.split(" | ")[:4] for line in lines[1:]] == [
+        ["| m2m100-418m", "float32", "1", "4"],
+        ["| m2m100-418m", "float32", "8", "1"],
+        ["| m2m100-418m", "int8-dynamic", "1", "1"],
+        ["| moe", "float32", "8", "4"],
+    ]
+    assert "**Fast CPU, 2 cores, 2 threads**" in text
+    assert "dtype:float32,int8-dynamic" in text
+
+
+def test_generation_is_shown_in_tokens_per_second_with_ratios_and_the_floor():
+    text = render_readme(GENERATED)
+    assert (
+        "| m2m100-418m | float32 | 8 | 1 | 128 | 102 | 51.2 | **1.25** (1.12 – 1.38) | "
+        "**2.50** (2.25 – 2.75) | 160 |"
+    ) in text
+    assert "Memory was read at 25.0 GB/s in the same run." in text
+
+
+def test_a_system_that_was_not_measured_leaves_a_gap_and_its_reason():
+    text = render_readme(GENERATED)
+    assert "| m2m100-418m | float32 | 1 | 4 | 16.0 | – | – | – | – | 20.0 |" in text
+    assert "ctranslate2 float32 not timed: not installed." in text
+
+
+def test_memory_and_loading_stand_in_the_documentation():
+    text = render_docs(GENERATED)
+    row = "| m2m100-418m | int8-dynamic | 1 | 1 | 2.10 | 1.90 | 1.90 | 1.50 | 0.80 | 0.80 | 2.50 |"
+    assert f"{row} 2.00 (1.80 – 2.20) | 50% |" in text
+    assert "memory and loading" not in render_readme(GENERATED)
+
+
+def test_a_step_its_graphs_and_reordering_have_tables():
+    step = {
+        **generate_row("m2m100-418m", 1, 1),
+        "name": "generation/bench_step.py::test_step[m2m100-418m-float32-1x1-eager]",
+        "seconds": spread(0.05),
+        "signature": signature("m2m100-418m", "batch:1|beam:1|source:32|mode:eager"),
+        "figures": {"floor_s": 0.04, "bytes": 1e9, "flops": 1e9, "read_bytes_per_s": 25e9},
+    }
+    graphs = {
+        **step,
+        "name": "generation/bench_generate_54b.py::test_graphs",
+        "signature": signature("nllb-moe-54b", "sentences:50|longest:200"),
+        "figures": {"graphs": 4, "buckets": 4, "breaks": 0},
+    }
+    reorder = {
+        **step,
+        "name": "generation/bench_reorder.py::test_reorder[8x4-L64]",
+        "seconds": spread(2e-3),
+        "signature": signature("16-heads-of-64", "batch:8|beam:4|length:64"),
+        "figures": {},
+        "peers": {"ancestry mask": {"seconds": spread(1e-3)}},
+    }
+    text = render_docs([step, graphs, reorder])
+    assert "| 1 | 1 | eager | 50.0 (45.0 – 55.0) | 40.0 | **1.25** |" in text
+    assert "| 50 | 200 | 4 | 4 | 0 |" in text
+    assert "| 8 | 4 | 64 | 2,000 | 1,000 | **2.00** |" in text

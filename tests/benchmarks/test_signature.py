@@ -14,6 +14,7 @@ from benchmarks.signature import (
     device_name,
     device_slug,
     format_signature,
+    instruction_set,
     merge_signatures,
     parse_signature,
 )
@@ -113,3 +114,13 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 def test_this_tree_has_a_commit_or_says_none():
     assert re.fullmatch(r"none|[0-9a-f]{7,}(-dirty)?", signature.current_commit())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2 avx512_vnni", "+VNNI"), ("avx2 avx_vnni fma", "+VNNI"), ("avx2 avx512f", "")],
+)
+def test_instructions_for_int8_are_named(monkeypatch, tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(signature, "CPU_INFO", tmp_path / "cpuinfo")
+    assert instruction_set() == torch.backends.cpu.get_cpu_capability() + expected

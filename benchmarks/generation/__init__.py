@@ -1,0 +1,1 @@
+"""Benchmarks of generation: token ids in, token ids out."""
