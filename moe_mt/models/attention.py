@@ -60,9 +60,28 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Attention of a sequence to itself, and to what stands before it in a cache."""
 
+    qkv_proj: nn.Module | None
+    """Packed weights: three projections as one, in their place."""
+
+    def __init__(self, d_model: int, heads: int, dropout: float = 0.0) -> None:
+        """Make the four projections."""
+        super().__init__(d_model, heads, dropout)
+        self.register_module("qkv_proj", None)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of ``x`` (B, L, d_model).
+
+        Returns:
+            (B, L, d_model), and twice (B, H, L, d_head).
+        """
+        if self.qkv_proj is None:
+            return self.q_proj(x), *self.project_key_value(x)
+        query, key, value = self.qkv_proj(x).chunk(3, dim=-1)
+        return query, self._split(key), self._split(value)
+
     def forward(
         self,
-        x: Tensor,
+        query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
@@ -73,13 +92,13 @@ class SelfAttention(_Attention):
         """Attend.
 
         Args:
-            x: (rows, L, d_model). Positions that attend.
-            key: (B, H, S, d_head), from ``project_key_value``: of ``x``, behind earlier ones.
+            query: (rows, L, d_model), from ``project``. Positions that attend.
+            key: (B, H, S, d_head), from ``project``: of the same positions, behind earlier ones.
                 Where B is less than the rows, ``rows / B`` rows that stand next to each other,
                 the beams of a sentence, attend to the same keys.
             value: (B, H, S, d_head).
             mask: Broadcastable to (B, H, rows / B * L, S): bool, true where attention is allowed,
-                or of the dtype of ``x``, to be added to the scores.
+                or of the dtype of the queries, to be added to the scores.
             causal: Whether a position sees only itself and what stands before it; then L is S
                 and there is no mask.
             head_mask: (H,). Factor of each head's output, or ``None``.
@@ -87,20 +106,19 @@ class SelfAttention(_Attention):
         Returns:
             (rows, L, d_model).
         """
-        query = self.q_proj(x).reshape(key.shape[0], -1, x.shape[-1])
         context = functional.scaled_dot_product_attention(
-            self._split(query),
+            self._split(query.reshape(key.shape[0], -1, query.shape[-1])),
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
         )
-        return self._join(context, head_mask).view(x.shape)
+        return self._join(context, head_mask).view(query.shape)
 
     def with_weights(
         self,
-        x: Tensor,
+        query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
@@ -116,11 +134,11 @@ class SelfAttention(_Attention):
             (B, L, d_model), and the weights (B, H, L, S) times the head mask, before dropout.
             Without a head mask, rows sum to 1; where nothing may be attended to they are 0.
         """
-        weights = self._weights(x, key, mask, causal)
+        weights = self._weights(query, key, mask, causal)
         return self._weighted(weights, value, head_mask)
 
-    def _weights(self, x: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        scores = self._split(self.q_proj(x)) @ key.mT * key.shape[-1] ** -0.5
+    def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        scores = self._split(query) @ key.mT * key.shape[-1] ** -0.5
         if causal:
             mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         if mask is None:

@@ -42,7 +42,7 @@ class LayerCache:
     def _write(self, stored: Tensor, new: Tensor) -> None:
         assert self.places is not None, "KVCache.open says where to write"
         sentences, positions = self.places
-        rows = new.view(stored.shape[0], stored.shape[2], *new.shape[1:])
+        rows = new.reshape(stored.shape[0], stored.shape[2], *new.shape[1:])
         stored[sentences, :, :, positions] = rows.permute(0, 3, 2, 1, 4)
 
 

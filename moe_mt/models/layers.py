@@ -163,15 +163,14 @@ class EncoderLayer(_Layer):
             padding: (B, S) bool, true where a token is padding, or ``None``.
             probe: What to do with the heads.
         """
-        normed = self.self_attention_norm(x)
-        key, value = self.self_attention.project_key_value(normed)
+        projected = self.self_attention.project(self.self_attention_norm(x))
         weights = None
         if probe.weights:
             update, weights = self.self_attention.with_weights(
-                normed, key, value, mask, head_mask=probe.self_mask
+                *projected, mask, head_mask=probe.self_mask
             )
         else:
-            update = self.self_attention(normed, key, value, mask, head_mask=probe.self_mask)
+            update = self.self_attention(*projected, mask, head_mask=probe.self_mask)
         x, routing = self._apply_feed_forward(self._residual(x, update, self.dropout), padding)
         return LayerOutput(x, routing, weights)
 
@@ -219,17 +218,16 @@ class DecoderLayer(_Layer):
             probe: What to do with the heads.
             beams: Rows per sentence.
         """
-        normed = self.self_attention_norm(x)
-        key, value = cache.append(*self.self_attention.project_key_value(normed))
+        query, key, value = self.self_attention.project(self.self_attention_norm(x))
+        target = (*cache.append(key, value), masks.target)
         self_weights = cross_weights = None
-        target = (key, value, masks.target)
         if probe.weights:
             update, self_weights = self.self_attention.with_weights(
-                normed, *target, causal=masks.causal, head_mask=probe.self_mask
+                query, *target, causal=masks.causal, head_mask=probe.self_mask
             )
         else:
             update = self.self_attention(
-                normed, *target, causal=masks.causal, head_mask=probe.self_mask
+                query, *target, causal=masks.causal, head_mask=probe.self_mask
             )
         x = self._residual(x, update, self.dropout)
         if cache.cross_key is not None and cache.cross_value is not None:
