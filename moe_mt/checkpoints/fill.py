@@ -1,5 +1,7 @@
 """Published tensors → the parameters of a model that is built on the meta device."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +78,11 @@ class Filling:
     def ignores(self, key: str) -> bool:
         """Whether ``key`` is known to hold nothing that the model needs."""
         return self._family.ignores(self._family.strip_prefix(key))
+
+    def size_of(self, key: str) -> int:
+        """Return the elements of a published tensor; 0 for one that is ignored."""
+        location = self._locate(key)
+        return 0 if location is None else math.prod(location.shape)
 
     @torch.no_grad()
     def place(self, key: str, source: Tensor) -> int:

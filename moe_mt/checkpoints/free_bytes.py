@@ -1,8 +1,10 @@
 """How much room there is: on the host, on a device, on a disk."""
 
+import ctypes
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from moe_mt.errors import BackendUnavailableError
 
-__all__ = ["free_device_bytes", "free_disk_bytes", "free_host_bytes"]
+__all__ = ["free_device_bytes", "free_disk_bytes", "free_host_bytes", "give_back_freed_bytes"]
 
 CGROUP_FILES = {
     "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
@@ -109,3 +111,14 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def give_back_freed_bytes() -> None:
+    """Have the C library return memory that was freed between blocks still in use.
+
+    It keeps such memory for later, which would count until the process ends. Where the library
+    cannot be asked (only glibc can), nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -8,6 +8,7 @@ import torch
 
 from moe_mt.checkpoints.fill import FLOAT_DTYPES, Filling
 from moe_mt.checkpoints.fit import check_fits, measure_free_bytes, model_bytes
+from moe_mt.checkpoints.free_bytes import give_back_freed_bytes
 from moe_mt.checkpoints.published_config import read_config
 from moe_mt.checkpoints.shards import open_shards
 from moe_mt.errors import ConfigError
@@ -15,6 +16,9 @@ from moe_mt.models import Seq2SeqTransformer
 from moe_mt.ops import packing_obstacle
 
 __all__ = ["load"]
+
+TIDIED_BYTES = 128_000_000
+"""Bytes of weights that are packed before freed memory is given back; that takes a millisecond."""
 
 
 def load(
@@ -58,10 +62,15 @@ def load(
     shards = open_shards(folder)
     filling = Filling(family, config, device, dtype, pack=pack, source=str(folder))
     filling.check_names(shards.keys)
-    done, total = 0, model_bytes(config, dtype)
-    for key, read in shards:
+    done, total, tidy = 0, model_bytes(config, dtype), 0
+    # What packing a large tensor needs beside it is then needed while little else is there.
+    for key, read in shards if pack is None else shards.largest_first(filling.size_of):
         if not filling.ignores(key):
             done += filling.place(key, read())
+            if pack is not None and (done - tidy > TIDIED_BYTES or done == total):
+                # What packing used and freed lies between what it made.
+                give_back_freed_bytes()
+                tidy = done
             if on_progress is not None:
                 on_progress(done, total)
     return filling.finish()

@@ -56,6 +56,10 @@ class Shards:
 
     def __iter__(self) -> Iterator[tuple[str, Reader]]:
         """Yield every tensor's key, and what reads it."""
+        return self.largest_first(lambda key: 0)
+
+    def largest_first(self, size_of: Callable[[str], int]) -> Iterator[tuple[str, Reader]]:
+        """Yield as ``__iter__`` does, of each file the tensors with the largest sizes first."""
         for name, keys in self.files.items():
             with _open_file(self.folder / name) as readers:
                 lacking = sorted(set(keys) - set(readers))
@@ -64,7 +68,8 @@ class Shards:
                         f"{self.folder / name} lacks {lacking[0]!r} and {len(lacking) - 1} other "
                         "tensors that the index places in it; fetch the file and its index again"
                     )
-                yield from readers.items()
+                for key in sorted(readers, key=lambda key: -size_of(key)):
+                    yield key, readers[key]
 
 
 def open_shards(folder: Path) -> Shards:

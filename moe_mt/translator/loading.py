@@ -148,8 +148,8 @@ def from_pretrained(  # noqa: PLR0913
             keeps a second copy of the embedding; such a model cannot be trained or saved.
             ``"auto"`` does so for float32 on an x86-64 CPU.
         compile: Whether the decoder's step is compiled, once for each size of batch, and replayed
-            as a CUDA graph on a GPU. ``"auto"`` does so on a GPU; on a CPU it gains some percent
-            and takes a minute. ``Translator.warmup`` compiles ahead of the first translation.
+            as a CUDA graph on a GPU. ``"auto"`` does so on a GPU; on a CPU it gains or loses a
+            tenth and takes a minute. ``Translator.warmup`` compiles ahead of the first translation.
         batch_invariant: Whether a sentence's scores are bit-identical alone and in any batch, on
             one device; its tokens are the same in any case. Sentences are then computed one after
             the other.

@@ -132,8 +132,8 @@ def _decode_step(
 ) -> DecodeStep:
     """Return what runs the decoder, over a vocabulary if there is one.
 
-    On a CPU a compiled step saves some percent and takes a minute to compile, so it is for those
-    who ask for it.
+    On a CPU a compiled step gains or loses a tenth and takes a minute to compile, so it is for
+    those who ask for it.
     """
     if compile not in (True, False, "auto"):
         raise ConfigError(f"compile is {compile!r}; choose 'auto', True or False")
