@@ -63,7 +63,8 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt
 	touch $@
 
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -m peers tests/benchmarks tests/checkpoints tests/integrations \
+	$(PEERS)/bin/python -m pytest -m peers tests/benchmarks/test_generation.py \
+		tests/checkpoints tests/integrations \
 		tests/pretrained tests/translator
 
 goldens: $(PEERS)/.installed

@@ -15,8 +15,8 @@ __all__ = ["SinusoidalPositions", "TokenEmbedding", "sinusoid_table"]
 class TokenEmbedding(nn.Embedding):
     """One table (V, d_model) for tokens that come in, and for scores that go out."""
 
-    def __init__(self, vocab_size: int, d_model: int, pad_id: int) -> None:
-        """Build the table without drawing values for it."""
+    def __init__(self, vocab_size: int, d_model: int, pad_id: int | None) -> None:
+        """Build the table without drawing values for it; the row ``pad_id`` gets no gradient."""
         rows = torch.empty(vocab_size, d_model)
         super().__init__(vocab_size, d_model, pad_id, _weight=rows)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_mt.errors import ConfigError
+from moe_mt.models import TokenEmbedding
 
 __all__ = ["resize_embeddings", "wanted_rows"]
 
@@ -61,8 +62,8 @@ def resize_embeddings(model: Any, rows: int, mean_resizing: bool) -> None:  # no
     resize = partial(_resized, rows=rows, std=config.init_std, mean=mean_resizing)
     pad = config.pad_token_id
     pad = pad if pad is not None and pad < rows else None
-    made = nn.Embedding(rows, embedding.weight.shape[1], pad, _weight=resize(embedding.weight))
-    made.weight.requires_grad_(embedding.weight.requires_grad)
+    made = TokenEmbedding(rows, embedding.weight.shape[1], pad)
+    made.weight = nn.Parameter(resize(embedding.weight), embedding.weight.requires_grad)
     model.set_input_embeddings(made)
     if head is not None and not tied:
         head.weight = nn.Parameter(resize(head.weight), head.weight.requires_grad)

@@ -20,7 +20,9 @@ from tests.pretrained.tiny_models import (
 def test_more_rows_leave_the_old_logits_as_they_were(family, tied):
     model = build(family, tie_word_embeddings=tied)
     before = logits(model)
+    kind = type(model.get_input_embeddings())
     embedding = model.resize_token_embeddings(70)
+    assert type(embedding) is kind
     assert embedding is model.get_input_embeddings() is model.get_encoder().embed_tokens
     assert (embedding.num_embeddings, embedding.padding_idx) == (70, 1)
     assert model.config.vocab_size == model.vocab_size == 70
