@@ -266,26 +266,25 @@ class _Search:
         longest = max(request.max_new_tokens for request in requests)
         memory, _ = self.model.encode(tokens, mask)
         capacity = min(longest, FIRST_CACHE_STEPS)
-        rows = len(requests) * self.beams
+        prompts = tokens.new_full((len(requests) * self.beams, 1), self.start_id)
         return Newcomers(
             numbers=numbers,
-            strategy=self._strategy(requests, device),
+            strategy=self._strategy(requests, prompts),
             cache=self.model.new_cache(memory, mask, self.beams, capacity),
-            prompts=tokens.new_full((rows, 1), self.start_id),
+            prompts=prompts,
             longest=longest,
         )
 
-    def _strategy(self, requests: Sequence[Request], device: torch.device) -> BatchStrategy:
-        config, eos_id = self.config, self.eos_id
+    def _strategy(self, requests: Sequence[Request], prompts: Tensor) -> BatchStrategy:
+        config, eos_id, device = self.config, self.eos_id, prompts.device
         prefixes = [self._narrow(request.forced_tokens) for request in requests]
         forced = ForcedTokens([prefix for prefix in prefixes for _ in range(self.beams)], device)
         rules = translation_rules(config, forced, eos_id, device)
         limits = [request.max_new_tokens for request in requests]
-        rows = torch.full((len(requests) * self.beams, 1), self.start_id, device=device)
         uniforms = self._uniforms(requests, device)
         if config.num_beams > 1:
             return BeamSearch(
-                rows.view(len(requests), config.num_beams, 1),
+                prompts.view(len(requests), config.num_beams, 1),
                 rules,
                 Stopping(limits, (eos_id,), device),
                 partial(take_best_several, CANDIDATES_PER_BEAM * config.num_beams)
@@ -295,7 +294,7 @@ class _Search:
                 early_stopping=config.early_stopping,
             )
         return GreedySearch(
-            rows,
+            prompts,
             rules,
             Stopping([limit for limit in limits for _ in range(self.beams)], (eos_id,), device),
             take_best if uniforms is None else DrawnTokens(uniforms),

@@ -1,9 +1,7 @@
 """The gated mixture of expert FFNs, over packed weights, on a CPU and without gradients."""
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,16 +11,13 @@ from moe_mt.ops.backend import register_op
 from moe_mt.ops.combine import dtype_of
 from moe_mt.ops.expert_ffn import ACTIVATIONS
 from moe_mt.ops.expert_loop import mix_one_by_one
-from moe_mt.ops.packed_linear import PackedWeight
+from moe_mt.ops.packed_linear import Opaque, PackedWeight
 
 __all__ = ["PackedExpertWeights", "packed_expert_ffn"]
 
 
-class PackedExpertWeights:
-    """The packed projections of a layer's experts; an operator finds them by their handle.
-
-    Copies of a module share them: what is packed does not change.
-    """
+class PackedExpertWeights(Opaque):
+    """The packed projections of a layer's experts."""
 
     def __init__(self, num_experts: int, d_model: int, ffn_dim: int, *, gated: bool) -> None:
         """Build experts without weights.
@@ -33,6 +28,7 @@ class PackedExpertWeights:
             ffn_dim: Inner width.
             gated: Whether every expert has a ``gate_proj``.
         """
+        super().__init__()
         self.num_experts = num_experts
         self.shapes: dict[str, tuple[int, ...]] = {
             "up_proj": (ffn_dim, d_model),
@@ -43,8 +39,6 @@ class PackedExpertWeights:
         self._packed: dict[str, list[PackedWeight | None]] = {
             name: [None] * num_experts for name in self.shapes
         }
-        self.handle = next(_HANDLES)
-        _ALIVE[self.handle] = self
 
     def put(self, name: str, expert: int, packed: PackedWeight) -> None:
         """Give an expert its packed projection ``name``, a key of ``shapes``."""
@@ -60,18 +54,6 @@ class PackedExpertWeights:
         if packed is None:
             raise ConfigError(f"expert {expert} has no {name} yet; give it one before it is called")
         return packed
-
-    def __deepcopy__(self, memo: object) -> "PackedExpertWeights":
-        """Return itself."""
-        return self
-
-    def __reduce__(self) -> Any:  # noqa: ANN401
-        """Refuse to be written to a file."""
-        raise ConfigError("packed weights cannot be pickled; save the model before it is packed")
-
-
-_HANDLES = count(1)
-_ALIVE: WeakValueDictionary[int, PackedExpertWeights] = WeakValueDictionary()
 
 
 def packed_expert_ffn(
@@ -142,7 +124,7 @@ def _launch(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    weights = _ALIVE[handle]
+    weights = PackedExpertWeights.of(handle)
     act = ACTIVATIONS[activation]
 
     def product(

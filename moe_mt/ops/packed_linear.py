@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,6 +26,7 @@ from moe_mt.ops.backend import register_op
 
 __all__ = [
     "PACKED_KINDS",
+    "Opaque",
     "PackedWeight",
     "pack_weight",
     "packed_linear",
@@ -40,25 +41,28 @@ LONGEST_LONE_ROW = 1024
 """Of longer rows, oneDNN sums a lone one in another order than several (AVX-512; measured)."""
 
 
-class PackedWeight:
-    """A weight (out_features, in_features), packed; an operator finds it by its handle.
+_OpaqueT = TypeVar("_OpaqueT", bound="Opaque")
 
-    Copies of a module share it. It lives as long as somebody holds it.
+
+class Opaque:
+    """What an operator cannot take as a tensor, and finds by its handle.
+
+    Copies of a module share it, as it does not change. It lives as long as somebody holds it.
     """
 
-    kind: str
-
-    def __init__(self, weight: Tensor) -> None:
-        """Give the weight's shape a handle; subclasses pack its values."""
-        self.out_features, self.in_features = weight.shape
+    def __init__(self) -> None:
+        """Take a handle."""
         self.handle = next(_HANDLES)
         _ALIVE[self.handle] = self
 
-    def multiply(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Compute ``packed_linear``, unchecked and not as an operator."""
-        raise NotImplementedError
+    @classmethod
+    def of(cls: type[_OpaqueT], handle: int) -> _OpaqueT:
+        """Return the one with that handle."""
+        found = _ALIVE[handle]
+        assert isinstance(found, cls), "an operator was given the handle of something else"
+        return found
 
-    def __deepcopy__(self, memo: object) -> "PackedWeight":
+    def __deepcopy__(self: _OpaqueT, memo: object) -> _OpaqueT:
         """Return itself."""
         return self
 
@@ -68,7 +72,22 @@ class PackedWeight:
 
 
 _HANDLES = count(1)
-_ALIVE: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+_ALIVE: WeakValueDictionary[int, Opaque] = WeakValueDictionary()
+
+
+class PackedWeight(Opaque):
+    """A weight (out_features, in_features), packed."""
+
+    kind: str
+
+    def __init__(self, weight: Tensor) -> None:
+        """Take the weight's shape; subclasses pack its values."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+
+    def multiply(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Compute ``packed_linear``, unchecked and not as an operator."""
+        raise NotImplementedError
 
 
 class _PackedFloat32(PackedWeight):
@@ -290,7 +309,7 @@ def _exact_steps() -> int:
 
 
 def _launch(x: Tensor, handle: int, out_features: int, bias: Tensor | None, relu: bool) -> Tensor:
-    return _ALIVE[handle].multiply(x, bias, relu)
+    return PackedWeight.of(handle).multiply(x, bias, relu)
 
 
 def _fake(x: Tensor, handle: int, out_features: int, bias: Tensor | None, relu: bool) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from moe_mt.generation import BatchLimits, GenerationConfig, Hypothesis, Request, generate_each
 from moe_mt.models import Seq2SeqTransformer
-from moe_mt.translator.items import Item
+from moe_mt.translator.items import Item, Job
 from moe_mt.translator.progress import Progress
 from moe_mt.translator.vocabularies import Vocabulary
 
@@ -45,8 +45,8 @@ def generate_items(
         places = groups.setdefault(vocabulary_of(item.tgt_lang), [])
         places += [(number, k) for k, job in enumerate(item.jobs) if job is not None]
     for vocabulary, places in groups.items():
-        places.sort(key=lambda place: -_source_length(items, place))
-        requests = [_request(items, place) for place in places]
+        places.sort(key=lambda place: -len(_job(items, place).source_tokens))
+        requests = [_request(_job(items, place)) for place in places]
         with vocabulary.in_use():
             for rank, hypotheses in generate_each(
                 model,
@@ -65,14 +65,14 @@ def generate_items(
     return found
 
 
-def _source_length(items: Sequence[Item], place: tuple[int, int]) -> int:
-    return len(_request(items, place).source_tokens)
-
-
-def _request(items: Sequence[Item], place: tuple[int, int]) -> Request:
+def _job(items: Sequence[Item], place: tuple[int, int]) -> Job:
     number, segment = place
     job = items[number].jobs[segment]
     assert job is not None, "a segment without a job is not generated"
+    return job
+
+
+def _request(job: Job) -> Request:
     return Request(
         source_tokens=job.source_tokens,
         forced_tokens=job.forced_tokens,
