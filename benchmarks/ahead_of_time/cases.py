@@ -115,6 +115,7 @@ class Layer:
     activation: str = "silu"
     gated: bool = True
     biased: bool = False
+    normalize: str = "before"
 
 
 NLLB_MOE = Layer(
@@ -129,6 +130,9 @@ NLLB_MOE = Layer(
 )
 MANY_SMALL = Layer(name="128 small SwiGLU", num_experts=128, top_k=8, d_model=2048, ffn_dim=768)
 FEW_LARGE = Layer(name="8 large SwiGLU", num_experts=8, top_k=2, d_model=4096, ffn_dim=14336)
+SWITCH = Layer(
+    name="Switch base", num_experts=128, top_k=1, d_model=768, ffn_dim=3072, normalize="never"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,8 @@ def all_cases() -> Iterator[Case]:
             yield _experts(layer, "bf16", tokens, training=False)
         for tokens in (1024, 8192):
             yield _experts(layer, "bf16", tokens, training=True)
+    for training in (False, True):
+        yield from _router(SWITCH, "bf16", 1024, training=training)
     yield from _all_attention()
 
 
@@ -223,13 +229,11 @@ def _router(layer: Layer, dtype: str, tokens: int, *, training: bool) -> Iterato
             capacity=2 * -(-tokens // layer.num_experts) if backward else None,
             top_k=layer.top_k,
             policy="sampling" if backward else "all",
-            normalize_before_dropping=True,
+            normalize=layer.normalize,
             batch_prioritized=backward,
         )
         if backward:
-            kernels.route_backward(
-                scores, expert_ids, choices, gates, normalize_before_dropping=True
-            )
+            kernels.route_backward(scores, expert_ids, choices, gates, normalize=layer.normalize)
 
     def statistics() -> None:
         from moe_mt.kernels import router_statistics as kernels

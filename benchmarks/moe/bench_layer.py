@@ -42,8 +42,11 @@ def shape(device: torch.device) -> LayerShape:
 @pytest.fixture(scope="module")
 def layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
     torch.manual_seed(0)
+    # Drawn once, and not at birth too.
+    with torch.device("meta"):
+        experts = Experts(shape.num_experts, shape.d_model, shape.ffn_dim).to(dtype)
+    experts.to_empty(device=device)
     with device:
-        experts = Experts(shape.num_experts, shape.d_model, shape.ffn_dim)
         router = Top2Router(shape.d_model, shape.num_experts)
     layer = MoELayer(router, experts, token_dropout=TOKEN_DROPOUT).eval().to(dtype)
     layer.requires_grad_(requires_grad=False)

@@ -1,10 +1,12 @@
-"""``route``: two experts a token, without a limit and under the capacity of training."""
+"""``route``: two experts a token, within limits or without, and one expert in each sequence."""
 
 import pytest
 
 from benchmarks.ops.conftest import Problem
 from moe_mt.ops import expert_capacity
 from moe_mt.ops.route import route, route_eager
+
+SEQUENCES = 8
 
 
 @pytest.mark.parametrize("capacity", ["none", "training"])
@@ -22,6 +24,37 @@ def test_route(measure, shape, tokens, capacity) -> None:
     )
 
 
+def test_route_by_plain_probabilities(measure) -> None:
+    measure(
+        lambda one: route(one.logits, normalize="never"),
+        lambda one: route_eager(one.logits, normalize="never"),
+        reads=lambda one: [one.logits],
+        peers={"softmax and topk": plain_softmax_topk},
+        operation="route",
+        capacity="none",
+        normalize="never",
+    )
+
+
+def test_route_in_sequences(measure, shape, tokens) -> None:
+    groups = SEQUENCES if tokens % SEQUENCES == 0 else 1
+    limit = expert_capacity(tokens // groups, shape.num_experts, training=True)
+    options = {"capacity": limit, "top_k": 1, "normalize": "never", "groups": groups}
+    measure(
+        lambda one: route(one.logits, **options),
+        lambda one: route_eager(one.logits, **options),
+        reads=lambda one: [one.logits],
+        operation="route",
+        capacity=f"training, in {groups} sequences",
+        normalize="never",
+    )
+
+
 def softmax_topk(one: Problem) -> object:
+    expert_ids, gates = plain_softmax_topk(one)
+    return expert_ids, gates / gates.sum(-1, keepdim=True)
+
+
+def plain_softmax_topk(one: Problem) -> tuple:
     gates, expert_ids = one.logits.softmax(-1).topk(2)
-    return expert_ids.int(), gates / gates.sum(-1, keepdim=True)
+    return expert_ids.int(), gates

@@ -80,7 +80,7 @@ def _choose_kernel(
     K_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr,
     POLICY: tl.constexpr,
-    NORMALIZE_BEFORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FINISH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
@@ -112,7 +112,7 @@ def _choose_kernel(
             offsets = element_offset(rows, stride_noise_row)[:, None] + columns[None, :]
             scores += tl.load(noise_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         scores = tl.where(is_chosen, float("-inf"), scores)
-    if NORMALIZE_BEFORE:
+    if NORMALIZE == "before":
         gates = _normalize(gates)
     written = exists[:, None] & (ranks < K)[None, :]
     wanted = written & claims_any[:, None]
@@ -121,7 +121,7 @@ def _choose_kernel(
         wanted &= (ranks == 0)[None, :] | (2 * gates > chance[:, None])
     if FINISH:
         gates = tl.where(wanted, gates, 0.0)
-        if not NORMALIZE_BEFORE:
+        if NORMALIZE == "after":
             # Zero again: beside a NaN, zero divided is none.
             gates = tl.where(wanted, _normalize(gates), 0.0)
     offsets = element_offset(rows, K)[:, None] + ranks[None, :]
@@ -154,7 +154,7 @@ def _drop_kernel(
     capacity,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
-    NORMALIZE_BEFORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """expert_ids = claims, or E where the slot is beyond the capacity; gates are finished in place.
@@ -176,7 +176,7 @@ def _drop_kernel(
         owners = tl.load(turns_ptr + turns, mask=exists, other=0)
     offsets = element_offset(owners, K)[:, None] + ranks[None, :]
     gates = tl.load(gates_ptr + offsets, mask=kept, other=0.0)
-    if not NORMALIZE_BEFORE:
+    if NORMALIZE == "after":
         gates = tl.where(kept, _normalize(gates), 0.0)
     tl.store(gates_ptr + offsets, gates, mask=inside)
     tl.store(expert_ids_ptr + offsets, tl.where(kept, claims, num_experts), mask=inside)
@@ -195,7 +195,7 @@ def _route_backward_kernel(
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr,
-    NORMALIZE_BEFORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """grad_logits = probs * (grad_probs - <grad_probs, probs>), grad_probs zero but at choices.
@@ -221,14 +221,15 @@ def _route_backward_kernel(
     chosen = tl.load(logits_ptr + (logit_offsets[:, None] + choices), mask=claimed, other=0.0)
     chosen = tl.where(claimed, tl.exp(chosen - best[:, None]) / total[:, None], 0.0)
 
-    shares = chosen if NORMALIZE_BEFORE else tl.where(kept, chosen, 0.0)
-    divisor = tl.sum(shares, 1)
-    # Below epsilon the divisor is a constant, and no gradient flows through it.
-    constant = divisor < EPSILON
-    divisor = tl.where(constant, EPSILON, divisor)
-    through = tl.where(constant, 0.0, tl.sum(grad * shares, 1) / divisor)
-    grad = (grad - through[:, None]) / divisor[:, None]
-    if not NORMALIZE_BEFORE:
+    if NORMALIZE != "never":
+        shares = chosen if NORMALIZE == "before" else tl.where(kept, chosen, 0.0)
+        divisor = tl.sum(shares, 1)
+        # Below epsilon the divisor is a constant, and no gradient flows through it.
+        constant = divisor < EPSILON
+        divisor = tl.where(constant, EPSILON, divisor)
+        through = tl.where(constant, 0.0, tl.sum(grad * shares, 1) / divisor)
+        grad = (grad - through[:, None]) / divisor[:, None]
+    if NORMALIZE == "after":
         grad = tl.where(kept, grad, 0.0)
 
     weighted = tl.where(claimed, grad * chosen, 0.0)
@@ -263,7 +264,7 @@ def route(
     capacity: int | None,
     top_k: int,
     policy: str,
-    normalize_before_dropping: bool,
+    normalize: str,
     batch_prioritized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return expert ids (T, K) int32, gates (T, K) float32 and choices (T, K) int32.
@@ -277,7 +278,8 @@ def route(
         capacity: Most claims an expert takes, or ``None``.
         top_k: ``K``.
         policy: ``"all"``, ``"sampling"`` or ``"random"``.
-        normalize_before_dropping: Whether gates sum to one before claims are dropped.
+        normalize: When gates are made to sum to one: ``"after"`` claims are dropped, ``"before"``,
+            or ``"never"``.
         batch_prioritized: Whether tokens claim in descending order of their best probability.
     """
     tokens, num_experts = router_logits.shape
@@ -310,7 +312,7 @@ def route(
         K_PADDED=triton.next_power_of_2(top_k),
         E_PADDED=triton.next_power_of_2(num_experts),
         POLICY=policy,
-        NORMALIZE_BEFORE=normalize_before_dropping,
+        NORMALIZE=normalize,
         FINISH=not binding,
         BLOCK_TOKENS=block_tokens,
         num_warps=warps_of(num_experts),
@@ -338,7 +340,7 @@ def route(
         capacity=capacity,
         K=top_k,
         K_PADDED=triton.next_power_of_2(top_k),
-        NORMALIZE_BEFORE=normalize_before_dropping,
+        NORMALIZE=normalize,
         BLOCK_TOKENS=block_tokens,
     )
     return expert_ids, gates, choices
@@ -350,7 +352,7 @@ def route_backward(
     choices: Tensor,
     grad_gates: Tensor,
     *,
-    normalize_before_dropping: bool,
+    normalize: str,
 ) -> Tensor:
     """Return the gradient (T, E) float32 of the logits.
 
@@ -359,7 +361,7 @@ def route_backward(
         expert_ids: (T, K) int32, contiguous; ``E`` where dropped.
         choices: (T, K) int32, contiguous.
         grad_gates: (T, K) float32.
-        normalize_before_dropping: As in ``route``.
+        normalize: As in ``route``.
     """
     tokens, num_experts = router_logits.shape
     top_k = choices.shape[1]
@@ -380,7 +382,7 @@ def route_backward(
         K=top_k,
         K_PADDED=triton.next_power_of_2(top_k),
         E_PADDED=triton.next_power_of_2(num_experts),
-        NORMALIZE_BEFORE=normalize_before_dropping,
+        NORMALIZE=normalize,
         BLOCK_TOKENS=block_tokens,
         num_warps=warps_of(num_experts),
     )

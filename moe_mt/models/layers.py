@@ -277,11 +277,16 @@ def moe_layer(config: TransformerConfig, ffn_dim: int) -> MoELayer:
     """Return an uninitialised sparse layer of a configuration with experts."""
     moe = config.moe
     assert moe is not None
-    experts = Experts(
-        moe.num_experts,
-        config.d_model,
-        ffn_dim,
-        activation=config.activation,
-        activation_dropout=config.activation_dropout,
-    )
+    # Whoever builds this fills it: experts that draw their weights at birth would draw them twice.
+    device = torch.empty(0).device
+    with torch.device("meta"):
+        experts = Experts(
+            moe.num_experts,
+            config.d_model,
+            ffn_dim,
+            activation=config.activation,
+            activation_dropout=config.activation_dropout,
+        )
+    if device.type != "meta":
+        experts.to_empty(device=device)
     return MoELayer(top2_router(config), experts, token_dropout=moe.token_dropout)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
 from moe_mt.moe.experts import Experts
-from moe_mt.moe.router import Top2Router
+from moe_mt.moe.router import Router
 from moe_mt.moe.routing import Routing
 
 __all__ = ["MoELayer"]
@@ -20,7 +20,7 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        router: Top2Router,
+        router: Router,
         experts: Experts,
         *,
         token_dropout: float = 0.0,
@@ -29,7 +29,8 @@ class MoELayer(nn.Module):
         """Join a router and experts.
 
         Args:
-            router: ``(x (T, d_model), padding (T,) | None) -> Routing``.
+            router: ``(x (..., d_model), padding (...) | None) -> Routing`` of the tokens,
+                flattened.
             experts: ``(x, expert_ids, gates, residual) -> (T, d_model)``.
             token_dropout: Expert-output masking: in training each expert output vector is zeroed
                 with this probability, without rescaling; in evaluation outputs are multiplied by
@@ -57,8 +58,8 @@ class MoELayer(nn.Module):
             The mixture, shaped like ``x`` (zero, or the residual, where a token reached no
             expert), and the routing.
         """
+        routing: Routing = self.router(x, padding)
         tokens = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(tokens, None if padding is None else padding.reshape(-1))
         mixture = self.dispatcher.dispatch(
             self.experts,
             tokens,

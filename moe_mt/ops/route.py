@@ -12,6 +12,7 @@ from moe_mt.ops.backend import register_op, use_triton
 __all__ = ["expert_capacity", "route", "route_eager"]
 
 POLICIES = ("all", "sampling", "random")
+NORMALIZATIONS = ("after", "before", "never")
 
 
 def expert_capacity(
@@ -49,8 +50,9 @@ def route(
     top_k: int = 2,
     padding: Tensor | None = None,
     policy: str = "all",
-    normalize_before_dropping: bool = False,
+    normalize: str = "after",
     batch_prioritized: bool = False,
+    groups: int = 1,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts per token and the gates that weight their outputs.
@@ -61,17 +63,22 @@ def route(
     the rest. Tokens claim their experts in order, first choices of all tokens before any second
     choice; a claim beyond ``capacity`` is dropped: its expert id becomes ``E``, its gate zero.
 
+    More than one group under a capacity that can bind is routed by the definition too.
+
     Args:
         router_logits: (T, E) float32. Scores before softmax.
-        capacity: Most tokens one expert takes in this call, or ``None`` for no limit.
+        capacity: Most tokens one expert takes of each group, or ``None`` for no limit.
         top_k: Experts per token, at most ``E``.
         padding: (T,) bool, true where a token is padding and claims no expert; or ``None``.
         policy: ``"all"`` keeps every claim; ``"sampling"`` chooses later experts by logits plus
             Gumbel noise; ``"random"`` keeps a second claim with probability ``2 * gate``.
-        normalize_before_dropping: Whether gates are scaled to sum to one before claims are
-            dropped (a dropped gate is then lost) rather than after (the kept one gets it all).
+        normalize: When gates are scaled to sum to one: ``"after"`` claims are dropped (what is
+            kept gets it all), ``"before"`` (a dropped gate is lost), or ``"never"`` (gates are
+            the probabilities).
         batch_prioritized: Whether tokens claim in descending order of their best probability
             instead of in sequence order.
+        groups: Into how many equal runs of tokens the call is parted. Each group counts its claims
+            by itself.
         noise: For ``"sampling"``, (T, E) float32 Gumbel(0, 1); for ``"random"``, (T,) float32
             uniform in [0, 1). A tensor, so that the result is a function of the arguments.
 
@@ -79,15 +86,23 @@ def route(
         Expert ids (T, K) int32 and gates (T, K) in the logits' dtype, first choice first.
 
     Raises:
-        ConfigError: If ``top_k`` is not between 1 and ``E``, the policy is unknown, noise that the
-            policy needs is missing, or the shape of noise or padding is another one.
+        ConfigError: If ``top_k`` is not between 1 and ``E``, the policy or normalisation is
+            unknown, noise that the policy needs is missing, the shape of noise or padding is
+            another one, or the tokens do not part into ``groups``.
 
     Source: NLLB Team, arXiv:2207.04672, section 6.2; top-2 gating of GShard, arXiv:2006.16668;
-    batch prioritised routing of V-MoE, arXiv:2106.05974.
+    batch prioritised routing of V-MoE, arXiv:2106.05974; plain probabilities and groups of the
+    Switch Transformer, arXiv:2101.03961.
     """
     _check(router_logits, top_k, policy, noise)
+    _check_normalization(normalize)
+    _check_groups(router_logits, groups)
     check_padding(router_logits, padding)
-    if use_triton(router_logits) and router_logits.dtype == torch.float32:
+    if groups > 1 and capacity is not None and capacity >= router_logits.shape[0] // groups:
+        capacity = None
+    counted_together = groups == 1 or capacity is None
+    is_float32 = router_logits.dtype == torch.float32
+    if use_triton(router_logits) and is_float32 and counted_together:
         gates, expert_ids, _ = _route(
             router_logits,
             padding,
@@ -95,7 +110,7 @@ def route(
             capacity,
             top_k,
             policy,
-            normalize_before_dropping,
+            normalize,
             batch_prioritized,
         )
         return expert_ids, gates
@@ -105,8 +120,9 @@ def route(
         top_k=top_k,
         padding=padding,
         policy=policy,
-        normalize_before_dropping=normalize_before_dropping,
+        normalize=normalize,
         batch_prioritized=batch_prioritized,
+        groups=groups,
         noise=noise,
     )
 
@@ -118,8 +134,9 @@ def route_eager(
     top_k: int = 2,
     padding: Tensor | None = None,
     policy: str = "all",
-    normalize_before_dropping: bool = False,
+    normalize: str = "after",
     batch_prioritized: bool = False,
+    groups: int = 1,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Define ``route``."""
@@ -130,13 +147,13 @@ def route_eager(
     probs = router_logits.softmax(dim=-1)
     expert_ids = _choose(router_logits, top_k, noise if policy == "sampling" else None)
     gates = probs.gather(-1, expert_ids)
-    if normalize_before_dropping:
+    if normalize == "before":
         gates = _normalize(gates)
-    if capacity is not None and capacity >= router_logits.shape[0]:
+    if capacity is not None and capacity >= router_logits.shape[0] // groups:
         capacity = None
     if policy != "random" and padding is None and capacity is None:
         # Nothing can be dropped, as sizes and options tell: decoding takes this way.
-        return expert_ids.to(torch.int32), gates if normalize_before_dropping else _normalize(gates)
+        return expert_ids.to(torch.int32), _normalize(gates) if normalize == "after" else gates
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if policy == "random":
         assert noise is not None
@@ -144,11 +161,11 @@ def route_eager(
     if padding is not None:
         kept &= ~padding[:, None]
     if capacity is not None:
-        order = probs.amax(-1).argsort(descending=True, stable=True) if batch_prioritized else None
-        kept &= _slots(expert_ids, kept, num_experts, order) < capacity
+        order = _by_best_probability(probs, groups) if batch_prioritized else None
+        kept &= _slots(expert_ids, kept, num_experts, order, groups) < capacity
     # Not a product: a dropped gate is zero whatever a padded token holds, NaN included.
     gates = gates.masked_fill(~kept, 0)
-    if not normalize_before_dropping:
+    if normalize == "after":
         # Zero again: beside a NaN, zero divided is none.
         gates = _normalize(gates).masked_fill(~kept, 0)
     return expert_ids.masked_fill(~kept, num_experts).to(torch.int32), gates
@@ -181,6 +198,19 @@ def _check(router_logits: Tensor, top_k: int, policy: str, noise: Tensor | None)
         )
 
 
+def _check_normalization(normalize: str) -> None:
+    if normalize not in NORMALIZATIONS:
+        raise ConfigError(f"normalize {normalize!r} is unknown; choose from {NORMALIZATIONS}")
+
+
+def _check_groups(router_logits: Tensor, groups: int) -> None:
+    tokens = router_logits.shape[0]
+    if groups < 1 or tokens % groups != 0:
+        raise ConfigError(
+            f"groups is {groups}; it must be positive and part the {tokens} tokens into equal runs"
+        )
+
+
 def _choose(router_logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
     """Return (T, K) int64: one argmax a choice, because argmax promises the lowest index."""
     scores = router_logits.detach()
@@ -198,17 +228,30 @@ def _normalize(gates: Tensor) -> Tensor:
     return gates / total.clamp(min=torch.finfo(gates.dtype).eps)
 
 
-def _slots(expert_ids: Tensor, kept: Tensor, num_experts: int, order: Tensor | None) -> Tensor:
-    """Return (T, K): how many earlier claims the claimed expert had, in claiming order."""
+def _by_best_probability(probs: Tensor, groups: int) -> Tensor:
+    """Return (T,): the tokens of each group, in descending order of their best probability."""
+    size = probs.shape[0] // groups
+    best = probs.amax(-1).view(groups, size)
+    places = best.argsort(dim=-1, descending=True, stable=True)
+    starts = size * torch.arange(groups, device=probs.device)
+    return (starts[:, None] + places).flatten()
+
+
+def _slots(
+    expert_ids: Tensor, kept: Tensor, num_experts: int, order: Tensor | None, groups: int
+) -> Tensor:
+    """Return (T, K): how many earlier claims the expert had in its group, in claiming order."""
     tokens, top_k = expert_ids.shape
     if order is None:
         order = torch.arange(tokens, device=expert_ids.device)
     # Choice-major, so that all first choices stand before any second one.
-    claims = expert_ids[order].T.reshape(-1)
-    wanted = kept[order].T.reshape(-1)
-    one_hot = torch.nn.functional.one_hot(claims, num_experts) * wanted[:, None]
-    earlier = one_hot.cumsum(0) - one_hot
-    slots = earlier.gather(-1, claims[:, None]).view(top_k, tokens).T
+    by_group = groups, tokens // groups, top_k
+    claims = expert_ids[order].view(by_group).transpose(1, 2).flatten(1)
+    wanted = kept[order].view(by_group).transpose(1, 2).flatten(1)
+    one_hot = torch.nn.functional.one_hot(claims, num_experts) * wanted[..., None]
+    earlier = one_hot.cumsum(1) - one_hot
+    slots = earlier.gather(-1, claims[..., None]).view(groups, top_k, tokens // groups)
+    slots = slots.transpose(1, 2).reshape(tokens, top_k)
     return torch.empty_like(slots).index_copy_(0, order, slots)
 
 
@@ -219,7 +262,7 @@ def _launch(
     capacity: int | None,
     top_k: int,
     policy: str,
-    normalize_before_dropping: bool,
+    normalize: str,
     batch_prioritized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moe_mt.kernels import route as kernels
@@ -231,7 +274,7 @@ def _launch(
         capacity=capacity,
         top_k=top_k,
         policy=policy,
-        normalize_before_dropping=normalize_before_dropping,
+        normalize=normalize,
         batch_prioritized=batch_prioritized,
     )
     return gates, expert_ids, choices
@@ -242,7 +285,7 @@ def _launch_backward(
     expert_ids: Tensor,
     choices: Tensor,
     grad_gates: Tensor,
-    normalize_before_dropping: bool,
+    normalize: str,
 ) -> Tensor:
     from moe_mt.kernels import route as kernels
 
@@ -251,7 +294,7 @@ def _launch_backward(
         expert_ids,
         choices,
         grad_gates,
-        normalize_before_dropping=normalize_before_dropping,
+        normalize=normalize,
     )
 
 
@@ -275,18 +318,18 @@ def _fake_backward(router_logits: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     _, expert_ids, choices = output
     ctx.save_for_backward(inputs[0], expert_ids, choices)
-    ctx.normalize_before_dropping = inputs[6]
+    ctx.normalize = inputs[6]
 
 
 def _backward(ctx: Any, grad_gates: Tensor, grad_ids: Any, grad_choices: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    grad = _route_backward(*ctx.saved_tensors, grad_gates, ctx.normalize_before_dropping)
+    grad = _route_backward(*ctx.saved_tensors, grad_gates, ctx.normalize)
     return grad, *[None] * 7
 
 
 # Floats first: torch.library.opcheck adds up outputs in the dtype of the first.
 _route = register_op(
     "route(Tensor router_logits, Tensor? padding, Tensor? noise, SymInt? capacity, int top_k, "
-    "str policy, bool normalize_before_dropping, bool batch_prioritized) "
+    "str policy, str normalize, bool batch_prioritized) "
     "-> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
@@ -295,7 +338,7 @@ _route = register_op(
 )
 _route_backward = register_op(
     "route_backward(Tensor router_logits, Tensor expert_ids, Tensor choices, Tensor grad_gates, "
-    "bool normalize_before_dropping) -> Tensor",
+    "str normalize) -> Tensor",
     _launch_backward,
     _fake_backward,
 )

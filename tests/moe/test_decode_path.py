@@ -99,16 +99,14 @@ def test_few_operations_with_kernels_and_none_waits_for_a_value(tokens):
     assert recorder.waiting == []
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["normalised after", "normalised before"])
-def test_routing_without_a_limit_is_routing_within_one_that_nothing_reaches(before):
+@pytest.mark.parametrize("normalize", ["after", "before", "never"])
+def test_routing_without_a_limit_is_routing_within_one_that_nothing_reaches(normalize):
     logits, seed = torch.randn(9, EXPERTS).requires_grad_(), torch.randn(9, 2)
     nobody = torch.zeros(9, dtype=torch.bool)
     found = []
     for padding in (None, nobody):
         with use_backend("eager"):
-            ids, gates = route(
-                logits, capacity=9, padding=padding, normalize_before_dropping=before
-            )
+            ids, gates = route(logits, capacity=9, padding=padding, normalize=normalize)
         found.append((ids, gates, *torch.autograd.grad(gates, logits, seed)))
     assert all(torch.equal(short, long) for short, long in zip(*found, strict=True))
 

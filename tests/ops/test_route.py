@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from moe_mt.errors import ConfigError
 from moe_mt.ops import expert_capacity, route
 from moe_mt.ops.backend import use_backend
-from moe_mt.ops.route import route_eager
+from moe_mt.ops.route import NORMALIZATIONS, route_eager
 from tests.closeness import assert_near
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "models" / "router"
@@ -48,7 +48,7 @@ def route_by_hand(
     top_k=2,
     padding=None,
     policy="all",
-    normalize_before_dropping=False,
+    normalize="after",
     batch_prioritized=False,
     noise=None,
 ):
@@ -57,7 +57,7 @@ def route_by_hand(
     probs = logits.softmax(-1)
     chosen = choose_by_hand(logits, top_k, noise if policy == "sampling" else None)
     gates = [[probs[t, e] for e in chosen[t]] for t in range(tokens)]
-    if normalize_before_dropping:
+    if normalize == "before":
         gates = [normalize_by_hand(row) for row in gates]
     turn = list(range(tokens))
     if batch_prioritized:
@@ -71,7 +71,7 @@ def route_by_hand(
             load[chosen[t][k]] += bool(claims)
             if not claims or (capacity is not None and load[chosen[t][k]] > capacity):
                 gates[t][k] = gates[t][k] * 0
-    if not normalize_before_dropping:
+    if normalize == "after":
         gates = [normalize_by_hand(row) for row in gates]
     matrix = torch.zeros_like(probs)
     for t, k in itertools.product(range(tokens), range(top_k)):
@@ -98,7 +98,7 @@ VECTORS = {
     "training, capacity 2": ({"training": True, "fixed": 2}, {}, TWO),
     "training, capacity 2, normalised before": (
         {"training": True, "fixed": 2},
-        {"normalize_before_dropping": True},
+        {"normalize": "before"},
         TWO_BEFORE,
     ),
     "training, capacity 2, prioritised": (
@@ -142,7 +142,7 @@ def case_arguments(case):
         "capacity": capacity,
         "padding": TENSORS["padding"] if case["padding"] else None,
         "policy": case["policy"],
-        "normalize_before_dropping": case["normalize_before_dropping"],
+        "normalize": "before" if case["normalize_before_dropping"] else "after",
         "batch_prioritized": case["batch_prioritized"],
         "noise": TENSORS.get(f"noise_{case['number']}"),
     }
@@ -165,10 +165,10 @@ def test_sweep_against_the_published_router(policy, experts):
 
 
 @pytest.mark.parametrize("policy", ["all", "sampling", "random"])
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("capacity", [None, 1, 3])
-def test_against_a_loop_over_tokens(policy, before, prioritized, capacity):
+def test_against_a_loop_over_tokens(policy, normalize, prioritized, capacity):
     # Holds also "random" with normalisation before dropping, where the published router differs.
     for seed, (tokens, experts, top_k) in enumerate([(9, 4, 2), (5, 3, 3), (6, 5, 1), (1, 2, 2)]):
         generator = torch.Generator().manual_seed(seed)
@@ -179,7 +179,7 @@ def test_against_a_loop_over_tokens(policy, before, prioritized, capacity):
             "top_k": top_k,
             "padding": torch.rand(tokens, generator=generator) < 0.3,
             "policy": policy,
-            "normalize_before_dropping": before,
+            "normalize": normalize,
             "batch_prioritized": prioritized,
             "noise": None if policy == "all" else torch.rand(shape, generator=generator),
         }
@@ -188,12 +188,12 @@ def test_against_a_loop_over_tokens(policy, before, prioritized, capacity):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("capacity", [None, 2])
-def test_gradient_of_the_router_logits(before, capacity):
+def test_gradient_of_the_router_logits(normalize, capacity):
     logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(7, 4, dtype=torch.float64)
-    options = {"capacity": capacity, "normalize_before_dropping": before}
+    options = {"capacity": capacity, "normalize": normalize}
     ours = combine_weights(*route(logits, **options), 4)
     theirs = route_by_hand(logits, **options)
     (mine,) = torch.autograd.grad((ours * weights).sum(), logits)
@@ -222,10 +222,53 @@ def test_equal_logits_take_the_lowest_experts():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_no_token_at_all(top_k):
-    expert_ids, gates = route(torch.zeros(0, 4), capacity=0, top_k=top_k)
+@pytest.mark.parametrize("options", [{}, {"groups": 3, "batch_prioritized": True}], ids=str)
+def test_no_token_at_all(top_k, options):
+    padding = torch.zeros(0, dtype=torch.bool)
+    expert_ids, gates = route(
+        torch.zeros(0, 4), capacity=0, top_k=top_k, padding=padding, **options
+    )
     assert expert_ids.shape == gates.shape == (0, top_k)
     assert expert_ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_gates_that_are_never_normalised_are_the_probabilities(top_k):
+    logits = torch.randn(20, 5)
+    expert_ids, gates = route(logits, top_k=top_k, capacity=4, normalize="never")
+    probs, best = logits.softmax(-1).topk(top_k)
+    kept = expert_ids < 5
+    assert kept.any()
+    assert not kept.all()
+    assert torch.equal(expert_ids[kept], best.int()[kept])
+    assert torch.equal(gates, probs.masked_fill(~kept, 0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_prioritized": True}, {"policy": "random"}], ids=str
+)
+def test_every_group_counts_its_claims_by_itself(options):
+    logits = torch.randn(21, 4)
+    tensors = {"padding": torch.rand(21) < 0.2, "noise": torch.rand(21)}
+    options = {"capacity": 2, "top_k": 2, **options}
+    expert_ids, gates = route(logits, groups=3, **options, **tensors)
+    parts = [
+        route(one, **options, padding=padding, noise=noise)
+        for one, padding, noise in zip(
+            logits.split(7), tensors["padding"].split(7), tensors["noise"].split(7), strict=True
+        )
+    ]
+    assert torch.equal(expert_ids, torch.cat([part[0] for part in parts]))
+    assert torch.equal(gates, torch.cat([part[1] for part in parts]))
+    # The capacity was at work, and not as that of one group.
+    assert ((expert_ids == 4) & ~tensors["padding"][:, None]).any()
+    assert not torch.equal(expert_ids, route(logits, **options, **tensors)[0])
+
+
+def test_a_capacity_no_smaller_than_a_group_drops_nothing():
+    # Six tokens in two groups: three claim the same expert in each.
+    expert_ids, _ = route(torch.zeros(6, 4), capacity=3, groups=2)
+    assert expert_ids.tolist() == [[0, 1]] * 6
 
 
 def test_a_padded_token_of_nan_claims_nothing_and_changes_no_other():
@@ -233,8 +276,9 @@ def test_a_padded_token_of_nan_claims_nothing_and_changes_no_other():
     padding = torch.tensor([False, False, True, False, False, False])
     poisoned = logits.clone()
     poisoned[2] = torch.nan
-    for prioritized in (False, True):
-        options = {"capacity": 2, "padding": padding, "batch_prioritized": prioritized}
+    for prioritized, normalize in itertools.product((False, True), NORMALIZATIONS):
+        options = {"capacity": 2, "batch_prioritized": prioritized, "normalize": normalize}
+        options["padding"] = padding
         expert_ids, gates = route(poisoned, **options)
         expected_ids, expected_gates = route(logits, **options)
         assert torch.equal(expert_ids, expected_ids)
@@ -248,8 +292,8 @@ def test_a_padded_token_of_nan_has_no_gradient():
     logits[1] = torch.nan
     logits.requires_grad_()
     padding = torch.tensor([False, True, False])
-    for before in (False, True):
-        gates = route_eager(logits, padding=padding, normalize_before_dropping=before)[1]
+    for normalize in NORMALIZATIONS:
+        gates = route_eager(logits, padding=padding, normalize=normalize)[1]
         (grad,) = torch.autograd.grad(gates[:, 0].sum(), logits)
         assert (grad[1] == 0).all()
         assert grad.isfinite().all()
@@ -270,6 +314,9 @@ def test_inputs_are_left_alone():
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 5}, "4 experts"),
         ({"policy": "best"}, "'best'"),
+        ({"normalize": "sometimes"}, "'sometimes'.*never"),
+        ({"groups": 2}, "groups is 2.*3 tokens"),
+        ({"groups": 0}, "groups is 0"),
         ({"policy": "random"}, "noise"),
         ({"policy": "random", "noise": torch.rand(4)}, r"noise is \(4,\).*needs \(3,\)"),
         ({"policy": "sampling", "noise": torch.rand(3)}, r"noise is \(3,\).*needs \(3, 4\)"),
@@ -325,8 +372,10 @@ POLICY_OPTIONS = [
     {"policy": "all"},
     {"policy": "sampling"},
     {"policy": "random"},
-    {"policy": "all", "normalize_before_dropping": True},
-    {"policy": "random", "normalize_before_dropping": True},
+    {"policy": "all", "normalize": "before"},
+    {"policy": "random", "normalize": "before"},
+    {"policy": "all", "normalize": "never"},
+    {"policy": "random", "normalize": "never"},
 ]
 
 
@@ -406,6 +455,15 @@ def test_kernel_at_the_edges_of_the_capacity(kernel_device, capacity):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("capacity", [None, 3, 11])
+def test_groups_under_kernels_are_those_of_the_definition(kernel_device, capacity):
+    logits, options = case((33, 5, 2), kernel_device, capacity=capacity, groups=3)
+    expert_ids, _, _ = assert_kernel_is_definition(logits, options)
+    claims = expert_ids[~options["padding"]]
+    assert (claims == 5).any() == (capacity == 3)
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_kernel_with_every_token_padded(kernel_device, prioritized):
     options = {"padded": 1.0, "capacity": 3, "batch_prioritized": prioritized}
@@ -440,14 +498,14 @@ ODD_LOGITS = {
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("row", ODD_LOGITS)
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("capacity", [None, 2])
-def test_kernel_chooses_like_argmax_from_odd_logits(kernel_device, row, before, capacity):
+def test_kernel_chooses_like_argmax_from_odd_logits(kernel_device, row, normalize, capacity):
     logits = torch.randn(5, 6)
     logits[[1, 3]] = torch.tensor(ODD_LOGITS[row])
     logits = logits.to(kernel_device)
     for top_k in (1, 2, 6):
-        options = {"top_k": top_k, "normalize_before_dropping": before, "capacity": capacity}
+        options = {"top_k": top_k, "normalize": normalize, "capacity": capacity}
         expert_ids, gates = route(logits, **options)
         expected_ids, expected_gates = route_eager(logits, **options)
         assert torch.equal(expert_ids, expected_ids)
@@ -523,7 +581,7 @@ def test_kernel_takes_strided_inputs(kernel_device, policy):
 
 @pytest.mark.triton
 def test_kernel_s_gradient_takes_an_expanded_one(kernel_device):
-    logits, options = case((7, 5, 2), kernel_device, capacity=2, normalize_before_dropping=True)
+    logits, options = case((7, 5, 2), kernel_device, capacity=2, normalize="before")
     (mine,) = torch.autograd.grad(route(logits, **options)[1].sum(), logits)
     (theirs,) = torch.autograd.grad(route_eager(logits, **options)[1].sum(), logits)
     assert theirs.abs().max() > 1e-3
@@ -586,12 +644,12 @@ def test_logits_in_half_precision_are_the_definition_s(kernel_device, dtype):
 @pytest.mark.parametrize("capacity", [None, 2])
 def test_kernel_is_an_operator(kernel_device, policy, capacity):
     logits, options = case((7, 4, 2), kernel_device, policy=policy)
-    given = (options["padding"], options["noise"], capacity, 2, policy, False, True)
+    given = (options["padding"], options["noise"], capacity, 2, policy, "after", True)
     torch.library.opcheck(torch.ops.moe_mt.route.default, (logits, *given))
     gates, expert_ids, choices = torch.ops.moe_mt.route(logits, *given)
     torch.library.opcheck(
         torch.ops.moe_mt.route_backward.default,
-        (logits.detach(), expert_ids, choices, gates.detach(), False),
+        (logits.detach(), expert_ids, choices, gates.detach(), "after"),
     )
 
 
@@ -625,14 +683,14 @@ def test_kernel_in_inference_mode_and_on_the_meta_device(kernel_device):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.triton)])
-@pytest.mark.parametrize("before", [False, True])
-def test_a_dropped_claim_of_a_nan_has_a_gate_of_zero(before, backend, request):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_dropped_claim_of_a_nan_has_a_gate_of_zero(normalize, backend, request):
     # Beside a NaN, a dropped gate of zero divided by their sum would be NaN too.
     device = request.getfixturevalue("kernel_device") if backend == "triton" else "cpu"
     one = route if backend == "triton" else route_eager
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 1.0, 2.0, torch.nan]], device=device)
     logits = logits[[0, 1, 1]]
-    options = {"normalize_before_dropping": before}
+    options = {"normalize": normalize}
     for capacity, noise in ((1, None), (None, torch.ones(3, device=device))):
         policy = "all" if noise is None else "random"
         expert_ids, gates = one(logits, capacity=capacity, policy=policy, noise=noise, **options)
