@@ -1,15 +1,35 @@
 # demo and test set everything up by themselves; check, bench and the rest use the same environment.
+# make test PYTHON=python3.13 takes that interpreter, in environments whose names end in its own.
 PYTHON ?= python3
-VENV := .venv
+SUFFIX := $(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
+VENV := .venv$(SUFFIX)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
-PEERS := .venv-peers
+PEERS := .venv-peers$(SUFFIX)
 # make aot TRITON=3.6.0 compiles with that version, in an environment of its own.
-AOT := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
+AOT := $(if $(TRITON),.venv-triton-$(TRITON)$(SUFFIX),$(VENV))
+# make test-transformers TRANSFORMERS=5.17.0 takes that version only, in an environment of its own.
+TRANSFORMERS_5 := .venv-transformers-$(or $(TRANSFORMERS),5)$(SUFFIX)
+# make test-lowest TORCH=2.11.0 takes that version, in an environment of its own.
+LOWEST := .venv-lowest$(addprefix -torch-,$(TORCH))$(SUFFIX)
 
-.PHONY: demo test aot check tiny peers test-peers bench report goldens clean \
-	test-gpu test-gpu-kernels test-gpu-full bench-gpu
+.PHONY: demo test aot check tiny peers test-peers transformers test-transformers test-lowest \
+	bench report goldens clean test-gpu test-gpu-kernels test-gpu-full bench-gpu
+
+# $(call environment,CONSTRAINTS,PACKAGES) makes the target's folder an environment with torch, this
+# package and those. A CUDA build of torch requires one version of Triton, which then goes before
+# the one of the constraints.
+define environment
+	$(PYTHON) -m venv $(@D)
+	grep -v '^triton==' $(1) > $(@D)/constraints.txt
+	$(INSTALL) --constraint $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip show torch | grep -q triton || cp $(1) $(@D)/constraints.txt
+	$(INSTALL) --constraint $(@D)/constraints.txt --editable $(2)
+	touch $@
+endef
+
+TEST_TOOLS := hypothesis psutil pytest pytest-benchmark sacrebleu
 
 demo: $(STAMP)
 	$(BIN)/python -m recipes.tiny.demo
@@ -28,13 +48,11 @@ aot: $(AOT)/.installed
 	$(AOT)/bin/python -m benchmarks.ahead_of_time $(ARGS)
 
 # Before 3.7, Triton's interpreter does not work with numpy 2.4.
-.venv-triton-%/.installed: pyproject.toml constraints.txt
+.venv-triton-%$(SUFFIX)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	grep -vE '^(numpy|triton)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(@D)/constraints.txt torch
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(@D)/constraints.txt --editable . 'triton==$*' 'numpy<2.4'
+	$(INSTALL) --constraint $(@D)/constraints.txt torch
+	$(INSTALL) --constraint $(@D)/constraints.txt --editable . 'triton==$*' 'numpy<2.4'
 	touch $@
 
 check: $(STAMP)
@@ -48,24 +66,45 @@ tiny: $(STAMP)
 	$(BIN)/python -m recipes.tiny.train
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(call environment,constraints.txt,'.[dev]')
 
 # transformers 4.57.1 needs another huggingface_hub than the tested set: an environment of its own.
 peers: $(PEERS)/.installed
 $(PEERS)/.installed: pyproject.toml constraints-peers.txt
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt torch
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
-		--editable . transformers ctranslate2 peft pytest pytest-benchmark hypothesis sacrebleu
-	touch $@
+	$(call environment,constraints-peers.txt,. transformers ctranslate2 peft $(TEST_TOOLS))
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -m peers tests/benchmarks/test_generation.py \
 		tests/checkpoints tests/integrations \
 		tests/pretrained tests/translator
+
+# Both ends of the versions of transformers whose models can be patched.
+transformers: $(if $(TRANSFORMERS),,$(PEERS)/.installed) $(TRANSFORMERS_5)/.installed
+.venv-transformers-5$(SUFFIX)/.installed: pyproject.toml constraints-transformers-5.txt
+	$(call environment,constraints-transformers-5.txt,. transformers peft $(TEST_TOOLS))
+
+.venv-transformers-%$(SUFFIX)/.installed: pyproject.toml constraints-transformers-5.txt
+	mkdir -p $(@D)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints-transformers-5.txt \
+		> $(@D)/pins.txt
+	$(call environment,$(@D)/pins.txt,. transformers==$* peft $(TEST_TOOLS))
+
+test-transformers: transformers
+ifndef TRANSFORMERS
+	$(PEERS)/bin/python -m pytest -m 'transformers or peers' tests/integrations
+endif
+	$(TRANSFORMERS_5)/bin/python -m pytest -m transformers tests/integrations
+
+# The lowest versions that pyproject.toml admits, the rest as tested; of torch only where TORCH names
+# it, since old versions may be had with CUDA alone.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest
+$(LOWEST)/.installed: pyproject.toml constraints.txt constraints-lowest.txt
+	mkdir -p $(@D)
+	cut -d= -f1 constraints-lowest.txt | sed 's/.*/^&==/' | grep -vf - constraints.txt \
+		$(if $(TORCH),| sed 's/^torch==.*/torch==$(TORCH)/') \
+		| cat - constraints-lowest.txt > $(@D)/pins.txt
+	$(call environment,$(@D)/pins.txt,'.[dev]')
 
 goldens: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/golden/make_tokenizer_goldens.py
@@ -100,4 +139,4 @@ bench-gpu:
 	$(PYTHON) -m benchmarks --device cuda $(PART)
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-triton-* build .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build .pytest_cache .ruff_cache

@@ -16,7 +16,14 @@ from moe_mt.errors import (
     UnsupportedLanguageError,
 )
 from moe_mt.generation import GenerationConfig
+from moe_mt.integrations import (
+    PatchReport,
+    patch,
+    register_experts_implementation,
+    unpatch,
+)
 from moe_mt.models import CrossAttention
+from moe_mt.moe import Experts, MoELayer, Top1Router, Top2Router, TopKRouter
 from moe_mt.pretrained import (
     AutoConfig,
     AutoModel,
@@ -46,12 +53,14 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CrossAttention",
+    "Experts",
     "GenerationConfig",
     "InputError",
     "M2M100Config",
     "M2M100ForConditionalGeneration",
     "M2M100Model",
     "M2M100Tokenizer",
+    "MoELayer",
     "MoeMtError",
     "NllbMoeConfig",
     "NllbMoeForConditionalGeneration",
@@ -59,12 +68,19 @@ __all__ = [
     "NllbMoeSparseMLP",
     "NllbMoeTop2Router",
     "NllbTokenizer",
+    "PatchReport",
     "PlacementError",
+    "Top1Router",
+    "Top2Router",
+    "TopKRouter",
     "TranslationResult",
     "Translator",
     "UnsupportedLanguageError",
     "__version__",
     "from_pretrained",
+    "patch",
     "pipeline",
+    "register_experts_implementation",
     "shift_tokens_right",
+    "unpatch",
 ]

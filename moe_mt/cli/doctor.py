@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from moe_mt.errors import MoeMtError
+from moe_mt.integrations import check_transformers
 from moe_mt.ops import backend_for, tile_tables
 from moe_mt.version import __version__
 
 __all__ = ["add_parser"]
 
-PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "huggingface_hub", "sentencex")
+PACKAGES = ("triton", "sentencepiece", "safetensors", "huggingface_hub", "sentencex")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401
@@ -25,7 +26,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         parents=[common],
         help="versions, devices, and whether transformers computes NLLB-MoE right",
         description="Report versions and devices, and test the installed transformers, if any, on "
-        "a small NLLB-MoE layer.",
+        "a small NLLB-MoE.",
     )
     parser.set_defaults(run=run)
 
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the report and return the exit code: 0 whatever it finds."""
     del options
     print(f"moe_mt {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    # Its own word names the build too: 2.13.0+cpu.
+    print(f"torch {torch.__version__}")
     for package in PACKAGES:
         print(f"{package} {_version(package)}")
     print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
@@ -74,9 +77,6 @@ def _verdict_on_transformers() -> str:
     if importlib.util.find_spec("transformers") is None:
         return ""
     try:
-        # Others' models are no run-time need, so their room is entered only here.
-        from moe_mt.integrations import check_transformers
-
         return f": {check_transformers()}"
     except Exception as error:  # the report says whatever is wrong with another's library
         return f": cannot be tested ({type(error).__name__}: {error})"

@@ -5,18 +5,23 @@ the weights are; the layer between them does not change with either.
 """
 
 from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
+from moe_mt.moe.expert_slices import ExpertSlices
 from moe_mt.moe.experts import Experts
 from moe_mt.moe.layer import MoELayer
 from moe_mt.moe.packed_experts import PackedExperts
-from moe_mt.moe.router import Top2Router
+from moe_mt.moe.router import Router, Top1Router, Top2Router, TopKRouter
 from moe_mt.moe.routing import Routing
 
 __all__ = [
     "Dispatcher",
+    "ExpertSlices",
     "Experts",
     "LocalDispatcher",
     "MoELayer",
     "PackedExperts",
+    "Router",
     "Routing",
+    "Top1Router",
     "Top2Router",
+    "TopKRouter",
 ]

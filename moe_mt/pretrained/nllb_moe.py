@@ -1,6 +1,6 @@
 """NLLB-MoE, as its page documents it."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class NllbMoeSparseMLP(View):
             core.experts, lambda: expert_class(given, ffn_dim)
         )
         super().__init__(core, {"experts": "experts", "router": "router"})
-        self.router = NllbMoeTop2Router(core=core.router)
+        self.router = NllbMoeTop2Router(core=cast(Top2Router, core.router))
         self._order("router", "experts")
         if made:
             for name, parameter in self.named_parameters():

@@ -21,6 +21,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -28,7 +29,7 @@ import pytest
 import moe_mt
 from moe_mt import errors
 from moe_mt.models import FAMILIES
-from moe_mt.moe import Routing, Top2Router
+from moe_mt.moe import Experts, Routing, Top1Router, Top2Router, TopKRouter
 from moe_mt.training import TrainingConfig
 from recipes.tiny import train as tiny_recipe
 from recipes.tiny.domain import LANGUAGES
@@ -44,6 +45,7 @@ TRANSLATOR = importlib.import_module("moe_mt.translator.translator")
 ITEMS = importlib.import_module("moe_mt.translator.items")
 ASSEMBLY = importlib.import_module("moe_mt.translator.assembly")
 RESULT = importlib.import_module("moe_mt.translator.result")
+VERDICT = importlib.import_module("moe_mt.integrations.verdict")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 each_linked = pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
@@ -490,6 +492,13 @@ def test_file_and_key_names():
 def test_router_table():
     found = documented_defaults(table("moe-layer.md", "router option"))
     assert found == signature_defaults(Top2Router, "KEYWORD_ONLY")
+    shared = {"bias", "router_dtype", "route_padding"}
+    for router in (TopKRouter, Top1Router):
+        own = signature_defaults(router, "KEYWORD_ONLY")
+        found = documented_defaults(table("moe-layer.md", f"`{router.__name__}` option"))
+        assert found == {name: value for name, value in own.items() if name not in shared}
+    experts = documented_defaults(table("moe-layer.md", "expert option"))
+    assert experts == signature_defaults(Experts, "KEYWORD_ONLY")
     routing = [bare(name) for name in table("moe-layer.md", "`Routing`")]
     assert routing == [field.name for field in fields(Routing)]
 
@@ -511,14 +520,13 @@ def test_tiny_recipe_table():
 
 
 def test_differences_quotes_the_doctor():
-    source = read(ROOT / "moe_mt/integrations/transformers.py")
-    said = " ".join(re.findall(r'"([^"]*)"', source)).replace("{difference:.0%}", "… %")
-    said = said.replace("{difference:.1e}", "1.6e-07").replace("  ", " ")
-    verdicts = re.findall(
+    chosen = {*range(6)}
+    right = SimpleNamespace(difference=1.7e-07, ran=chosen, chosen=chosen)
+    wrong = SimpleNamespace(difference=1.03, ran={0, 1}, chosen=chosen)
+    quoted = re.findall(
         r"^transformers [45]\.\S+: (.*)$", read(DOCS / "differences.md"), re.MULTILINE
     )
-    assert len(verdicts) == 2
-    assert all(verdict in said for verdict in verdicts)
+    assert quoted == [VERDICT._verdict([right]), VERDICT._verdict([wrong])]
 
 
 def test_contributing_is_short_and_the_changelog_knows_the_version():
