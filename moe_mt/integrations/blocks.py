@@ -55,7 +55,6 @@ class _BlockOfModules(PatchedBlock):
         mixture = self.slices(tokens, expert_ids.int(), gates.float())
         return mixture.to(x.dtype).view(x.shape)
 
-
     def _follow_dropout(self) -> None:
         """Take over the probability that the experts' dropout has now."""
         stacked = self.slices.stacked

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_mt.integrations.patch import patch
+
 __all__ = ["check_transformers"]
 
 TOLERANCE = 1e-4
@@ -29,7 +31,7 @@ def check_transformers() -> str:
 
     Returns:
         ``"computes NLLB-MoE right"`` with the relative difference, or ``"computes NLLB-MoE WRONG"``
-        with what differs and what to do.
+        with what differs, what to do, and whether ``patch`` makes this version right.
 
     Raises:
         ImportError: If there is no transformers, or one without this model.
@@ -48,8 +50,14 @@ def check_transformers() -> str:
         scale = 1 - model.config.moe_token_dropout
         layers = [_Watched(module, scale) for module in model.modules() if _is_sparse(module)]
         ids = torch.randint(4, SHAPE["vocab_size"], (1, TOKENS))
-        model(input_ids=ids, decoder_input_ids=ids.flip(1))
-    return _verdict(layers)
+        inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+        model(**inputs)
+        found = _finding(layers)
+        if found is None:
+            return f"computes NLLB-MoE right (relative difference {_difference(layers):.1e})"
+        patch(model, force=True)
+        model(**inputs)
+    return f"computes NLLB-MoE WRONG: {found}. {_advice(_difference(layers))}"
 
 
 def _is_sparse(module: nn.Module) -> bool:
@@ -96,16 +104,32 @@ class _Watched:
         return torch.stack(rows)
 
 
-def _verdict(layers: list[_Watched]) -> str:
-    difference = max(layer.difference for layer in layers)
+def _difference(layers: list[_Watched]) -> float:
+    return max(layer.difference for layer in layers)
+
+
+def _finding(layers: list[_Watched]) -> str | None:
+    """Return what is wrong with layers that have run, or ``None``."""
+    difference = _difference(layers)
     if difference <= TOLERANCE:
-        return f"computes NLLB-MoE right (relative difference {difference:.1e})"
+        return None
     ran = set[int]().union(*(layer.ran for layer in layers))
     chosen = set[int]().union(*(layer.chosen for layer in layers))
     return (
-        f"computes NLLB-MoE WRONG: {_missing(ran, chosen)}its sparse layer differs from the "
-        f"definition by {difference:.0%}. Make it right with moe_mt.patch(model), or use "
-        "moe_mt.from_pretrained"
+        f"{_missing(ran, chosen)}its sparse layer differs from the definition by {difference:.0%}"
+    )
+
+
+def _advice(patched: float) -> str:
+    """Return what to do, for a model that differs so much once it is patched."""
+    if patched <= TOLERANCE:
+        return (
+            f"moe_mt.patch(model) makes it right (relative difference {patched:.1e}), and "
+            "moe_mt.from_pretrained needs no transformers"
+        )
+    return (
+        f"Patched, it still differs by {patched:.0%}: use moe_mt.from_pretrained, or transformers "
+        "4.57"
     )
 
 

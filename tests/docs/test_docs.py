@@ -521,12 +521,19 @@ def test_tiny_recipe_table():
 
 def test_differences_quotes_the_doctor():
     chosen = {*range(6)}
-    right = SimpleNamespace(difference=1.7e-07, ran=chosen, chosen=chosen)
     wrong = SimpleNamespace(difference=1.03, ran={0, 1}, chosen=chosen)
+    right = SimpleNamespace(difference=1.7e-07, ran=chosen, chosen=chosen)
+    assert VERDICT._finding([right]) is None
     quoted = re.findall(
-        r"^transformers [45]\.\S+: (.*)$", read(DOCS / "differences.md"), re.MULTILINE
+        r"^transformers [45]\.\S+: computes NLLB-MoE (.*)$",
+        read(DOCS / "differences.md"),
+        re.MULTILINE,
     )
-    assert quoted == [VERDICT._verdict([right]), VERDICT._verdict([wrong])]
+    advice = VERDICT._advice(right.difference)
+    assert quoted == [
+        f"right (relative difference {VERDICT._difference([right]):.1e})",
+        f"WRONG: {VERDICT._finding([wrong])}. {advice}",
+    ]
 
 
 def test_contributing_is_short_and_the_changelog_knows_the_version():

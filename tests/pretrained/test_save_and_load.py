@@ -36,7 +36,9 @@ def files_of(folder):
 
 
 def stored(folder):
-    return load_file(folder / "model.safetensors")
+    # Copies: tensors of older safetensors are views of the file, which a second save overwrites.
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def warnings_of(caplog):
