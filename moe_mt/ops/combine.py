@@ -56,7 +56,8 @@ def combine_eager(
         masked = None
     out = _gather(expert_rows, rows, masked, 0).to(wide) * gates[:, :1]
     for k in range(1, rows.shape[1]):
-        out = torch.addcmul(out, _gather(expert_rows, rows, masked, k).to(wide), gates[:, k, None])
+        # In place: nothing that autograd keeps is written to.
+        out.addcmul_(_gather(expert_rows, rows, masked, k).to(wide), gates[:, k, None])
     if residual is not None:
         out = residual.to(wide) + out
     return out.to(dtype_of(expert_rows, residual))

@@ -32,6 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 FUSED_ACTIVATIONS = ("relu", "gelu", "silu")
 """Those that kernels apply to a product before it is written."""
 
+FEW_ROWS, FEW_ROWS_OF_A_WIDE_WEIGHT = 6, 3
+"""So many rows are multiplied faster as ``(W x^T)^T``, by a weight with more rows than columns and
+by one with fewer: measured on two cores with AVX-512."""
+
 
 def expert_ffn(  # noqa: PLR0913
     x: Tensor,
@@ -179,6 +183,33 @@ def _ffn(
     return functional.linear(hidden, down_proj, down_bias)
 
 
+def _ffn_without_gradients(x: Tensor, tensors: Iterable[Any], activation: str) -> Tensor:
+    """Compute ``_ffn``, fast for few rows, and with two hidden tensors at most in memory."""
+    up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias = tensors
+    act = ACTIVATIONS[activation]
+    if gate_proj is None:
+        hidden = act(_linear(x, up_proj, up_bias))
+    else:
+        hidden = act(_linear(x, gate_proj, gate_bias)).mul_(_linear(x, up_proj, up_bias))
+    return _linear(hidden, down_proj, down_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b`` (M, out), its factors in the order that a CPU is faster at.
+
+    As the second factor of few rows, a weight is hardly shared among threads, and is read more
+    slowly than memory gives it.
+    """
+    is_tall = weight.shape[0] >= weight.shape[1]
+    few = FEW_ROWS if is_tall else FEW_ROWS_OF_A_WIDE_WEIGHT
+    is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not is_float32 or not 1 < x.shape[0] <= few:
+        return functional.linear(x, weight, bias)
+    # Contiguous: its columns are read one by one.
+    out = (weight @ x.contiguous().t()).t()
+    return out if bias is None else out.add_(bias)
+
+
 def _by_expert(num_experts: int) -> Callable[[Tensor | None], Any]:
     # unbind, not indexing: its gradient is one stack, not a full-size sum for every expert.
     return lambda weight: [None] * num_experts if weight is None else weight.unbind(0)
@@ -307,7 +338,7 @@ def _one_by_one(
     def expert(index: int, rows: Tensor) -> Tensor:
         # Under autocast, inputs may come in its dtype, and a compiler has left it when this runs.
         own = [None if weight is None else weight[index].to(rows.dtype) for weight in weights]
-        return _ffn(rows, own, activation)
+        return _ffn_without_gradients(rows, own, activation)
 
     return mix_one_by_one(x, expert_ids, gates, residual, weights[0].shape[0], expert)
 
