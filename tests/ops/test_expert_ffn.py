@@ -342,6 +342,25 @@ def test_halves_of_a_fused_weight_equal_two_weights(tokens, backend, request):
         )
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("widths", [(16, 40), (40, 16)], ids=["tall up", "wide up"])
+def test_without_gradients_few_rows_take_another_product(widths, form, bias):
+    # One expert has all rows: as many as decide which factor of a product comes first, and one
+    # more, of weights with more rows than columns and with fewer.
+    activation, gated = FORMS[form]
+    for tokens in range(1, 8):
+        expert_ids, tensors = problem((tokens, 1, 1, *widths), gated=gated, dtype=torch.float32)
+        if not bias:
+            tensors = {n: tensor for n, tensor in tensors.items() if "bias" not in n}
+        with torch.no_grad(), use_backend("eager"):
+            before = {name: tensor.clone() for name, tensor in tensors.items()}
+            found = expert_ffn(expert_ids=expert_ids, activation=activation, **tensors)
+            assert all(torch.equal(tensors[name], before[name]) for name in before)
+            expected = expert_ffn_eager(expert_ids=expert_ids, activation=activation, **tensors)
+        assert_near(found, expected, torch.float32, f"{tokens} tokens")
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.triton)])
 @pytest.mark.parametrize("tokens", [6, 12], ids=["few tokens", "many tokens"])
 def test_nothing_leaks(tokens, backend, request):
