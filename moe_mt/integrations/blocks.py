@@ -13,7 +13,6 @@ from moe_mt.integrations.expert_modules import ExpertLayers, dropout_of
 from moe_mt.integrations.patched import PatchedBlock
 from moe_mt.integrations.versions import transformers_major
 from moe_mt.moe import ExpertSlices
-from moe_mt.ops import route
 
 __all__ = ["DeepseekBlock", "NllbMoeBlock", "SoftmaxTopKBlock", "SwitchBlock"]
 
@@ -52,7 +51,7 @@ class _BlockOfModules(PatchedBlock):
         """Return the mixture, shaped as ``x`` (..., d_model) and in its dtype."""
         tokens = x.reshape(-1, x.shape[-1])
         self._follow_dropout()
-        mixture = self.slices(tokens, expert_ids.int(), gates.float())
+        mixture = self.slices.of(self.experts)(tokens, expert_ids.int(), gates.float())
         return mixture.to(x.dtype).view(x.shape)
 
     def _follow_dropout(self) -> None:
@@ -159,9 +158,10 @@ class SoftmaxTopKBlock(_BlockOfModules):
         router_logits = self.gate(tokens)
         # Mixtral has no such setting: its gates always sum to one.
         normalize = getattr(self, "norm_topk_prob", True)
-        expert_ids, gates = route(
-            router_logits.float(), top_k=self.top_k, normalize="after" if normalize else "never"
-        )
+        # As transformers does, so that equal logits, common in bfloat16, draw the same experts.
+        gates, expert_ids = router_logits.softmax(-1, dtype=torch.float32).topk(self.top_k)
+        if normalize:
+            gates = gates / gates.sum(-1, keepdim=True)
         output = self.mix(tokens, expert_ids, gates)
         if hasattr(self, "shared_expert"):
             share = functional.sigmoid(self.shared_expert_gate(tokens))

@@ -12,6 +12,8 @@ from moe_mt.moe import Experts, ExpertSlices
 
 __all__ = ["ExpertLayers", "dropout_of", "weights_obstacle"]
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayers:
@@ -63,6 +65,10 @@ class ExpertLayers:
         experts = self.experts(container)
         if not experts:
             return "it has no experts"
+        if any(vars(container)[name] for name in HOOKS):
+            return (
+                "its container of experts has hooks, which would no longer be called; remove them"
+            )
         for index, expert in enumerate(experts):
             if found := self._obstacle_of_one(expert):
                 return f"expert {index} {found}"
@@ -74,6 +80,8 @@ class ExpertLayers:
     def _obstacle_of_one(self, expert: nn.Module) -> str | None:
         if isinstance(getattr(expert, "base_layer", None), nn.Module):
             return f"is a {type(expert).__name__}; patch the model before adapters are added"
+        if not type(expert).__module__.startswith("transformers."):
+            return f"is a {type(expert).__name__}, which is no class of transformers"
         for layer in self.names().values():
             found = getattr(expert, layer, None)
             if type(found) is not nn.Linear:

@@ -87,6 +87,11 @@ class PatchedBlock(Patched):
         self.slices.gather()
         return self
 
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        """Load, and notice at the next call if parameters were replaced (``assign=True``)."""
+        super()._load_from_state_dict(*arguments, **options)
+        self.slices.loaded = True
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose slices were copied one by one."""
         super().__setstate__(state)

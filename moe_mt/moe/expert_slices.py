@@ -17,6 +17,9 @@ from moe_mt.moe.experts import Experts
 
 __all__ = ["ExpertSlices"]
 
+CACHE_LINE = 64
+"""Bytes."""
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,6 +54,10 @@ class ExpertSlices:
         self.stacked = stacked.requires_grad_(False)
         self.apart = False
         """Whether weights were moved that could not be gathered then."""
+        self.sharded = False
+        """Whether the weights were sharded, so that there is no stack any more."""
+        self.loaded = False
+        """Whether weights were loaded since the last call, perhaps as other parameters."""
         self._watch(list(experts))
 
     def __call__(
@@ -64,9 +71,12 @@ class ExpertSlices:
             gates: (T, K) float32; zero where dropped.
             residual: (T, d_model) or ``None``.
         """
-        if self.apart:
+        if self.apart or (self.loaded and not self._in_place()):
             self.gather()
+        self.loaded = False
         if not self._untouched() or not self._in_place():
+            if getattr(self.container, "_is_fsdp_managed_module", False):
+                self._let_go()
             return self._one_by_one(x, expert_ids, gates, residual)
         leaves = self._parameters()
         if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
@@ -77,6 +87,18 @@ class ExpertSlices:
             for name in self.leaves
         }
         return torch.func.functional_call(self.stacked, weights, (x, expert_ids, gates, residual))
+
+    def of(self, container: nn.Module) -> "ExpertSlices":
+        """Return what computes the experts of a container, which may have come in place of ours.
+
+        A replica (``nn.DataParallel``) shares this object, and has experts of its own.
+        """
+        if container is self.container:
+            return self
+        other = copy.copy(self)
+        other.container, other.apart = container, False
+        other.made = []
+        return other
 
     def bind(self) -> None:
         """Make every expert's parameters slices of the stacked ones, whose values these take."""
@@ -101,6 +123,9 @@ class ExpertSlices:
         """
         leaves = self._parameters()
         alike = {(leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, nn.Parameter)}
+        if self.sharded or any(map(_is_sharded, leaves)):
+            self._let_go()
+            return False
         parameters = all(isinstance(leaf, nn.Parameter) for leaf in leaves)
         if not self._whole() or not parameters or len(alike) > 1:
             self.apart = True
@@ -113,6 +138,11 @@ class ExpertSlices:
             self._remember_places()
         return True
 
+    def _let_go(self) -> None:
+        """Free the stack for good, and call the experts from now on: they were sharded."""
+        self.stacked.to("meta")
+        self.bound, self.sharded, self.apart = [], True, False
+
     def _remember_places(self) -> None:
         self.bound = self._parameters()
         self.addresses = _addresses(self.bound)
@@ -122,6 +152,7 @@ class ExpertSlices:
         """Remember what the experts are made of, to notice when that changes."""
         modules = [module for expert in experts for module in (expert, *expert.children())]
         self.made = experts
+        self.classes = [type(expert) for expert in experts]
         self.parts = [dict(expert._modules) for expert in experts]
         # Of the stacked parameters, one after the other.
         self.places: list[tuple[dict[str, Any], str]] = [
@@ -142,7 +173,8 @@ class ExpertSlices:
 
     def _whole(self) -> bool:
         """Whether every expert, and every part of one, is the module that was there at first."""
-        return self._experts() == self.made and [e._modules for e in self.made] == self.parts
+        same = self._experts() == self.made and not self.sharded
+        return same and [e._modules for e in self.made] == self.parts
 
     def _untouched(self) -> bool:
         """Whether a call of the experts would do nothing but compute."""
@@ -150,6 +182,8 @@ class ExpertSlices:
             self._whole()
             and not any(self.hooks)
             and not any(map(_has_other_forward, self.attributes))
+            and all(map(is_, map(type, self.made), self.classes))
+            and all(expert.training is self.stacked.training for expert in self.made)
         )
 
     def _parameters(self) -> list[Any]:
@@ -194,7 +228,7 @@ class ExpertSlices:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose weights are apart until ``rebind`` is called."""
-        vars(self).update(state, apart=True)
+        vars(self).update(state, apart=True, loaded=False, sharded=False)
 
     def rebind(self) -> None:
         """Gather a copy's weights: to be called when its container is complete."""
@@ -204,12 +238,34 @@ class ExpertSlices:
 
 def _stack(leaves: list[nn.Parameter]) -> Tensor:
     """Return leaves stacked, each of which is a slice of the stack afterwards."""
-    first = leaves[0]
-    stack = torch.empty(len(leaves), *first.shape, dtype=first.dtype, device=first.device)
-    for piece, leaf in zip(stack.unbind(0), leaves, strict=True):
-        piece.copy_(leaf.detach())
-        leaf.data = _with_own_storage(piece)
+    # Weights that can be trained must not become inference tensors.
+    with torch.no_grad(), torch.inference_mode(any(leaf.is_inference() for leaf in leaves)):
+        stack = _empty_stack(leaves)
+        for piece, leaf in zip(stack.unbind(0), leaves, strict=True):
+            piece.copy_(leaf.detach())
+            leaf.data = _with_own_storage(piece)
     return stack
+
+
+def _empty_stack(leaves: list[nn.Parameter]) -> Tensor:
+    """Return memory for a stack, its slices as far behind a line of the cache as the leaves are.
+
+    A CPU's products may round by that, and tensors of a file begin where its header ends; a layer
+    that is put back is to compute the same bits again.
+    """
+    first = leaves[0]
+    shape = len(leaves), *first.shape
+    starts = {leaf.data_ptr() % CACHE_LINE for leaf in leaves}
+    if first.device.type != "cpu" or len(starts) > 1:
+        return torch.empty(shape, dtype=first.dtype, device=first.device)
+    size = first.element_size()
+    memory = torch.empty(first.numel() * len(leaves) + CACHE_LINE // size, dtype=first.dtype)
+    ahead = (starts.pop() - memory.data_ptr()) % CACHE_LINE // size
+    return memory[ahead : ahead + first.numel() * len(leaves)].view(shape)
+
+
+def _is_sharded(leaf: Any) -> bool:  # noqa: ANN401
+    return type(leaf).__name__ == "DTensor"
 
 
 def _addresses(leaves: list[Any]) -> list[int]:

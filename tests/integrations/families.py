@@ -1,9 +1,18 @@
 """Tiny random models of transformers, one for each family that is patched."""
 
 import functools
+import importlib.metadata
+import importlib.util
 import zlib
 
 import torch
+
+VERSION = (
+    tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+    if importlib.util.find_spec("transformers")
+    else (0, 0)
+)
+"""Of the transformers that is installed; tests of it are collected also where there is none."""
 
 VOCABULARY = 96
 

@@ -13,16 +13,10 @@ pytestmark = pytest.mark.transformers
 STACKED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 
 
-def version() -> tuple[int, ...]:
-    import transformers
-
-    return tuple(map(int, transformers.__version__.split(".")[:2]))
-
-
 @pytest.fixture
 def registered():
     """Register, and forget it again."""
-    if version() < (5, 7):
+    if families.VERSION < (5, 7):
         pytest.skip("others' experts implementations are taken since transformers 5.7")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -125,10 +119,12 @@ def test_experts_that_no_kernel_computes_are_refused(registered):
 
 
 def test_versions_that_take_none_are_told_to_patch():
-    if version() >= (5, 7):
+    if families.VERSION >= (5, 7):
         pytest.skip("this version takes others' implementations")
     said = (
-        r"came with transformers 5," if version() < (5, 0) else r"takes no experts implementation"
+        r"came with transformers 5,"
+        if families.VERSION < (5, 0)
+        else r"takes no experts implementation"
     )
     with pytest.raises(ConfigError, match=rf"{said}.*[uU]se moe_mt\.patch"):
         moe_mt.register_experts_implementation()

@@ -39,12 +39,6 @@ def stand_ins(monkeypatch):
     return loaded
 
 
-def version() -> tuple[int, ...]:
-    import transformers
-
-    return tuple(map(int, transformers.__version__.split(".")[:2]))
-
-
 @pytest.mark.parametrize("page", ["nllb-moe", "switch-transformers", "mixtures", "cross-attention"])
 def test_three_lines_patch_a_model(page, stand_ins, capsys):
     text = (DOCS / f"patch-{page}.md").read_text(encoding="utf-8")
@@ -57,7 +51,7 @@ def test_three_lines_patch_a_model(page, stand_ins, capsys):
 
 
 def test_the_experts_implementation_is_taken(stand_ins):
-    if version() < (5, 7):
+    if families.VERSION < (5, 7):
         pytest.skip("others' experts implementations are taken since transformers 5.7")
     text = (DOCS / "experts-implementation.md").read_text(encoding="utf-8")
     code = re.search(r"```python no-run\n(.*?)```", text, re.DOTALL)[1]
@@ -67,4 +61,4 @@ def test_the_experts_implementation_is_taken(stand_ins):
 
 
 def test_this_version_is_among_the_tested_ones():
-    assert ".".join(map(str, version())) in TESTED_VERSIONS
+    assert ".".join(map(str, families.VERSION)) in TESTED_VERSIONS

@@ -9,6 +9,7 @@ import torch
 
 from moe_mt.cli import main
 from moe_mt.integrations import check_transformers, verdict
+from tests.integrations import families
 
 needs_any = pytest.mark.transformers
 needs_4_57 = pytest.mark.peers
@@ -26,12 +27,6 @@ def sparse_layer():
     return modeling_nllb_moe.NllbMoeSparseMLP
 
 
-def is_4():
-    import transformers
-
-    return transformers.__version__.startswith("4.")
-
-
 def test_the_room_is_entered_without_transformers():
     # Also where it is installed: what nobody asked for is not imported.
     code = "import sys, moe_mt.integrations; sys.exit('transformers' in sys.modules)"
@@ -41,7 +36,7 @@ def test_the_room_is_entered_without_transformers():
 @needs_any
 def test_version_4_is_right_and_version_5_runs_two_experts():
     said = check_transformers()
-    if is_4():
+    if families.VERSION < (5, 0):
         assert said.startswith("computes NLLB-MoE right (relative difference ")
     else:
         assert said.startswith(
@@ -53,7 +48,7 @@ def test_version_4_is_right_and_version_5_runs_two_experts():
 
 @needs_any
 def test_a_version_5_with_the_right_layer_is_right(monkeypatch, sparse_layer):
-    if is_4():
+    if families.VERSION < (5, 0):
         pytest.skip("4.57 is right as it is")
 
     def forward(self, hidden_states, padding_mask=None):
@@ -86,7 +81,7 @@ def test_doctor_says_so(capsys):
 
     assert main(["doctor"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    says = "right" if is_4() else "WRONG"
+    says = "right" if families.VERSION < (5, 0) else "WRONG"
     assert last.startswith(f"transformers {transformers.__version__}: computes NLLB-MoE {says}")
 
 
