@@ -89,11 +89,12 @@ transformers: $(if $(TRANSFORMERS),,$(PEERS)/.installed) $(TRANSFORMERS_5)/.inst
 		> $(@D)/pins.txt
 	$(call environment,$(@D)/pins.txt,. transformers==$* peft $(TEST_TOOLS))
 
+OF_TRANSFORMERS = tests/integrations tests/benchmarks/test_patched_layer.py
 test-transformers: transformers
 ifndef TRANSFORMERS
-	$(PEERS)/bin/python -m pytest -m 'transformers or peers' tests/integrations
+	$(PEERS)/bin/python -m pytest -m 'transformers or peers' $(OF_TRANSFORMERS)
 endif
-	$(TRANSFORMERS_5)/bin/python -m pytest -m transformers tests/integrations
+	$(TRANSFORMERS_5)/bin/python -m pytest -m transformers $(OF_TRANSFORMERS)
 
 # The lowest versions that pyproject.toml admits, the rest as tested; of torch only where TORCH names
 # it, since old versions may be had with CUDA alone.

@@ -12,9 +12,9 @@ HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16")
 BUILD = HERE.parent / "build"
 RAW = BUILD / "benchmarks.json"
-REHEARSED = ("generation", "moe", "ops")
-ONLY_BY_NAME = ("generation",)
-"""Parts that are measured where they are named: they need gigabytes of disk and ten minutes."""
+REHEARSED = ("generation", "integrations", "moe", "ops")
+ONLY_BY_NAME = ("generation", "integrations")
+"""Parts that are measured where they are named: they take minutes, gigabytes of disk or memory."""
 
 
 def main() -> int:

@@ -295,12 +295,16 @@ def _describe_roofline(row: Row) -> list[str]:
         )
     if "warm_s" in figures:
         lines.append(f"{figures['warm_s'] * 1e3:.4g} ms where compiled kernels are found")
+    if "peers" in row and "extra_bytes" in figures:
+        lines.append(f"{figures['extra_bytes'] / 1e6:.3g} MB extra")
     for name, peer in row.get("peers", {}).items():
         note = f" ({peer['note']})" if "note" in peer else ""
         if "seconds" in peer:
             taken = peer["seconds"]["median"]
             held = peer.get("peak_anonymous_bytes")
             memory = f", {held / 1e9:.3g} GB, loaded in {peer['load_s']:.3g} s" if held else ""
+            if "extra_bytes" in peer:
+                memory = f", {peer['extra_bytes'] / 1e6:.3g} MB extra"
             lines.append(
                 f"{name}: {taken * 1e3:.4g} ms, {taken / seconds:.2f} times ours{memory}{note}"
             )

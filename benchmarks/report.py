@@ -20,6 +20,7 @@ from benchmarks.generation.columns import (
     STEP_COLUMNS,
     WHOLE_COLUMNS,
 )
+from benchmarks.integrations.columns import PATCHED_COLUMNS
 from benchmarks.plots import plot_graph, plot_layer, plot_translate
 from benchmarks.record import RESULTS, RecordError, newest_rows
 from benchmarks.signature import device_slug, merge_signatures, parse_signature
@@ -320,6 +321,14 @@ TABLES = (
         columns=LAYER_COLUMNS | ROOFLINE_COLUMNS,
     ),
     Table(
+        benchmark="integrations/bench_patched_layer.py::test_patched_layer[",
+        title="Drop-in layers: layers of transformers as they are and patched",
+        sizes=("model", "transformers", "T"),
+        columns=PATCHED_COLUMNS,
+        in_readme=True,
+        all_models=True,
+    ),
+    Table(
         benchmark="end_to_end/bench_translate.py::test_translate[",
         title="The tiny model on its held-out sentences",
         sizes=("batch", "beam", "sentences"),
@@ -350,6 +359,11 @@ tokens per second are of all sentences together. Peak GB are of the whole proces
 files. "Times CTranslate2" and "times transformers" say how many times as fast this package is, by
 the ratios of each round. transformers computes in float32 everywhere. The bandwidth floor is what
 reading the weights alone would allow.
+
+A drop-in layer is a layer of transformers that `moe_mt.patch` was called on, in the version that
+the row names. It stands beside the unpatched layers of both versions, on the same weights, round by
+round; of the experts implementations of version 5 beside the fastest and the one that takes least
+memory.
 
 Elsewhere, a floor is the larger of bytes that must be moved over the speed of a copy, and
 operations over the speed of a large product. "Times ours" is a peer's time over ours: above 1, this

@@ -8,11 +8,11 @@ What only one program needs is imported only for it, so that its memory is its o
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+
+from benchmarks.process import answering
 
 Tokens = list[list[int]]
 
@@ -109,13 +109,7 @@ PROGRAMS = {"moe_mt": moe_mt, "transformers": transformers, "ctranslate2": ctran
 def main(arguments: list[str]) -> int:
     """Answer requests until there are no more."""
     program, dtype, folder, threads = arguments
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
+    answer = answering()
     start = PROGRAMS[program](dtype, folder, int(threads))
     answer({"imported": True})
     sys.stdin.readline()

@@ -63,7 +63,7 @@ def test_all_parts_are_measured_where_none_is_named(run):
 
 def test_what_takes_ten_minutes_is_measured_where_it_is_named(run):
     assert folders(run("generation"))[:1] == ["generation"]
-    assert "generation" not in folders(run())
+    assert {"generation", "integrations"}.isdisjoint(folders(run()))
 
 
 def test_a_part_its_expression_and_its_device_reach_pytest(run):
@@ -82,7 +82,7 @@ def test_results_go_where_they_are_wanted(run, tmp_path):
 
 def test_a_rehearsal_is_interpreted_and_recorded_apart(run, tmp_path):
     seen = run("--rehearse")
-    assert folders(seen)[:3] == ["generation", "moe", "ops"]
+    assert folders(seen)[:4] == ["generation", "integrations", "moe", "ops"]
     assert "--rehearse" in seen.arguments
     assert seen.environment["TRITON_INTERPRET"] == "1"
     assert seen.recorded[2] == str(tmp_path / "rehearsal")
@@ -93,7 +93,7 @@ def test_a_rehearsal_is_interpreted_and_recorded_apart(run, tmp_path):
     [
         (("speed",), "no part speed"),
         (("--rehearse", "--device", "cuda"), "for the CPU"),
-        (("--rehearse", "end_to_end"), "generation, moe, ops"),
+        (("--rehearse", "end_to_end"), "generation, integrations, moe, ops"),
     ],
 )
 def test_what_cannot_be_run_is_refused(run, capsys, arguments, message):
@@ -130,6 +130,9 @@ def test_nothing_is_recorded_where_nothing_was_written(run):
         ("bench_generate_54b.py", "cuda", False, False),
         ("bench_generate_54b.py", "cpu", True, False),
         ("bench_step.py", "cuda", False, False),
+        ("bench_patched_layer.py", "cpu", False, False),
+        ("bench_patched_layer.py", "cuda", False, False),
+        ("bench_patched_layer.py", "cpu", True, False),
         ("bench_permute.py", "cpu", False, False),
         ("bench_permute.py", "cpu", True, False),
     ],

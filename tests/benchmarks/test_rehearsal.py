@@ -17,10 +17,11 @@ OPERATIONS = sorted(
     path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")
 )
 CHOSEN = (
-    "(T20 and not (backward and zipf)) or (first_call and forward and not T1024) or cross_attention"
-    " or test_step or test_reorder or test_generate_54b or test_graphs"
+    "(T20 and not (backward and zipf) and not patched) or (first_call and forward and not T1024)"
+    " or cross_attention or test_step or test_reorder or test_generate_54b or test_graphs"
 )
-"""All code once; the rest differs in numbers only."""
+"""All code once; the rest differs in numbers only. Patched layers need transformers, and are tried
+in test_patched_layer.py where it is."""
 
 pytestmark = pytest.mark.slow
 

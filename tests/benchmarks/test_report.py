@@ -118,6 +118,19 @@ def operation_row(operation, tokens, *, floor=True, **fields):
     }
 
 
+def patched_row(major, tokens, **peers):
+    """A row of a layer of transformers, patched in one of its versions."""
+    name = f"layer-T{tokens}-transformers-{major}"
+    return {
+        "name": f"integrations/bench_patched_layer.py::test_patched_layer[{name}]",
+        "date": "2026-11-22",
+        "seconds": spread(0.02),
+        "signature": signature("layer", f"transformers:{major}|T:{tokens}"),
+        "figures": {"extra_bytes": 500_000, "first_patch_s": 0.1},
+        "peers": {name.replace("_", " ", 2): peer for name, peer in peers.items()},
+    }
+
+
 ROWS = [
     *[layer_row(tokens) for tokens in (2048, 4, 32)],
     *[layer_row(tokens, beside=False) for tokens in (4, 32)],
@@ -179,6 +192,20 @@ def test_a_graph_that_is_none_is_marked():
     text = render_readme([graph_row(1, note="no graph: ours waits")])
     assert "2.00 (1.80 – 2.20) \\* |" in text
     assert "\\* ours: no graph: ours waits." in text
+
+
+def test_a_patched_layer_stands_beside_both_versions_of_transformers():
+    four = {"seconds": spread(0.03), "speedup": spread(1.5), "extra_bytes": 3_000_000}
+    five = {"seconds": spread(0.022), "speedup": spread(1.1), "extra_bytes": 2_000_000}
+    copies = {"note": "it copies weights"}
+    peers = {"transformers_4": four, "transformers_5_grouped_mm": five, "transformers_5_it": copies}
+    text = render_readme([patched_row(major, 4, **peers) for major in (5, 4)])
+    ratios = "**1.50** (1.35 – 1.65) | **1.10** (0.99 – 1.21) grouped_mm"
+    assert table_rows(text, "layer") == [
+        f"| layer | {major} | 4 | 20.0 (18.0 – 22.0) | {ratios} | 0.50 | 3.00 | 2.00 |"
+        for major in (4, 5)
+    ]
+    assert "transformers 5 it not timed: it copies weights." in text
 
 
 def test_a_peer_that_was_not_timed_at_this_size_leaves_its_cell_empty():

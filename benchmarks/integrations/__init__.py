@@ -1,0 +1,1 @@
+"""Benchmarks of layers of transformers that compute with this package."""
