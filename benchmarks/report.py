@@ -322,7 +322,7 @@ TABLES = (
     ),
     Table(
         benchmark="integrations/bench_patched_layer.py::test_patched_layer[",
-        title="Drop-in layers: layers of transformers as they are and patched",
+        title="Drop-in layers",
         sizes=("model", "transformers", "T"),
         columns=PATCHED_COLUMNS,
         in_readme=True,

@@ -45,7 +45,7 @@ FOLDERS = {4: ".venv-peers", 5: ".venv-transformers-5"}
 PAUSE_SECONDS = 0.3
 """Between processes: threads of the one that has just computed still spin for a moment."""
 
-GROUP_SECONDS = 20
+GROUP_SECONDS = 40
 """What all rounds of a layer at one number of tokens may take together."""
 
 CHECKED_TOKENS = 4
