@@ -3,6 +3,7 @@
 Routers stay the model's own: what they draw, record and learn does not change.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_mt.integrations.expert_modules import ExpertLayers, dropout_of
-from moe_mt.integrations.patched import PatchedBlock
+from moe_mt.integrations.patched import Patched
 from moe_mt.integrations.versions import transformers_major
 from moe_mt.moe import ExpertSlices
 
@@ -20,12 +21,13 @@ W1_W2_W3 = ExpertLayers(up_proj="w3", down_proj="w2", gate_proj="w1")
 UP_DOWN_GATE = ExpertLayers(up_proj="up_proj", down_proj="down_proj", gate_proj="gate_proj")
 
 
-class _BlockOfModules(PatchedBlock):
-    """A layer with its experts as children of ``experts``."""
+class _Block(Patched):
+    """A layer whose ``experts`` have experts as children: computed all at once, over a stack."""
 
     router: Any
     gate: Any
     experts: Any
+    slices: ExpertSlices
 
     @classmethod
     def layers(cls, module: Any) -> ExpertLayers:  # noqa: ANN401
@@ -34,7 +36,7 @@ class _BlockOfModules(PatchedBlock):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:  # noqa: ANN401
-        """Return why a layer cannot be patched, or ``None`` if it can."""
+        """Return what state of a layer is in the way, or ``None`` if it can be patched."""
         return super().obstacle(module) or cls.layers(module).obstacle(module.experts)
 
     @classmethod
@@ -42,10 +44,15 @@ class _BlockOfModules(PatchedBlock):
         """Return what a module is, in a few words."""
         return f"{type(module).__name__}, {len(cls.layers(module).experts(module.experts))} experts"
 
-    @classmethod
-    def make_slices(cls, module: Any) -> ExpertSlices:  # noqa: ANN401
-        """Return the experts of a layer, their weights not yet stacked."""
-        return cls.layers(module).slices(module.experts)
+    def attach(self) -> None:
+        """Stack the weights, one expert after the other: none is in memory twice for long."""
+        self.slices = self.layers(self).slices(self.experts)
+        self.slices.stacked.train(self.training)
+        self.slices.gather()
+
+    def detach(self) -> None:
+        """Let go of the stack, which lives on as what the experts' parameters are slices of."""
+        del self.slices
 
     def mix(self, x: Tensor, expert_ids: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture, shaped as ``x`` (..., d_model) and in its dtype."""
@@ -61,8 +68,29 @@ class _BlockOfModules(PatchedBlock):
         if stacked.activation_dropout != now:
             stacked.activation_dropout = now
 
+    def train(self, mode: bool = True) -> "_Block":
+        """Set training mode, of the stacked experts too."""
+        self.slices.stacked.train(mode)
+        return super().train(mode)
 
-class NllbMoeBlock(_BlockOfModules):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Block":
+        """Move or cast the experts, then stack their weights again."""
+        super()._apply(fn, recurse)
+        self.slices.gather()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        """Load, and notice at the next call if parameters were replaced (``assign=True``)."""
+        super()._load_from_state_dict(*arguments, **options)
+        self.slices.loaded = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose slices were copied one by one."""
+        super().__setstate__(state)
+        self.slices.rebind()
+
+
+class NllbMoeBlock(_Block):
     """``NllbMoeSparseMLP``: two experts a token, as its router chose them."""
 
     @classmethod
@@ -101,7 +129,7 @@ class NllbMoeBlock(_BlockOfModules):
         return gates * (torch.rand_like(gates) >= dropout) if dropout > 0 else gates
 
 
-class SwitchBlock(_BlockOfModules):
+class SwitchBlock(_Block):
     """``SwitchTransformersSparseMLP``: one expert a token, with a capacity in every sequence."""
 
     @classmethod
@@ -134,7 +162,7 @@ class SwitchBlock(_BlockOfModules):
         return output if transformers_major() >= 5 else (output, (outputs[2], choices))
 
 
-class SoftmaxTopKBlock(_BlockOfModules):
+class SoftmaxTopKBlock(_Block):
     """Layers of transformers 4 that take the best of a softmax: Mixtral, Qwen-MoE, OLMoE."""
 
     top_k: int
@@ -169,7 +197,7 @@ class SoftmaxTopKBlock(_BlockOfModules):
         return output.view(hidden_states.shape), router_logits
 
 
-class DeepseekBlock(_BlockOfModules):
+class DeepseekBlock(_Block):
     """DeepSeek's layers of transformers 4: gate and shared experts stay, and their ``forward``."""
 
     def moe(self, hidden_states: Tensor, topk_indices: Tensor, topk_weights: Tensor) -> Tensor:

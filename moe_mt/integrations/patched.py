@@ -6,15 +6,12 @@ PyTorch's parametrisations do. No class is changed that anybody else has an inst
 """
 
 import functools
-from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from moe_mt.moe import ExpertSlices
-
-__all__ = ["Patched", "PatchedBlock", "is_patched", "put_on", "take_off"]
+__all__ = ["Patched", "is_patched", "put_on", "take_off"]
 
 
 class Patched(nn.Module):
@@ -54,48 +51,6 @@ class Patched(nn.Module):
         """Copy and pickle by the two classes that this one was made of."""
         del protocol
         return _empty, (self.mixin, self.original), vars(self).copy()
-
-
-class PatchedBlock(Patched):
-    """A layer whose experts are modules: they are computed all at once, over stacked weights."""
-
-    slices: ExpertSlices
-
-    @classmethod
-    def make_slices(cls, module: Any) -> ExpertSlices:  # noqa: ANN401
-        """Return the experts of a module, their weights not yet stacked."""
-        raise NotImplementedError
-
-    def attach(self) -> None:
-        """Stack the weights, one expert after the other: none is in memory twice for long."""
-        self.slices = self.make_slices(self)
-        self.slices.stacked.train(self.training)
-        self.slices.gather()
-
-    def detach(self) -> None:
-        """Let go of the stack, which lives on as what the experts' parameters are slices of."""
-        del self.slices
-
-    def train(self, mode: bool = True) -> "PatchedBlock":
-        """Set training mode, of the stacked experts too."""
-        self.slices.stacked.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PatchedBlock":
-        """Move or cast the experts, then stack their weights again."""
-        super()._apply(fn, recurse)
-        self.slices.gather()
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
-        """Load, and notice at the next call if parameters were replaced (``assign=True``)."""
-        super()._load_from_state_dict(*arguments, **options)
-        self.slices.loaded = True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose slices were copied one by one."""
-        super().__setstate__(state)
-        self.slices.rebind()
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -95,10 +95,7 @@ class ExpertSlices:
         """
         if container is self.container:
             return self
-        other = copy.copy(self)
-        other.container, other.apart = container, False
-        other.made = []
-        return other
+        return ExpertSlices(container, [], self.leaves, self.stacked)
 
     def bind(self) -> None:
         """Make every expert's parameters slices of the stacked ones, whose values these take."""

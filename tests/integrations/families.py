@@ -82,7 +82,8 @@ MODELS = {
             "num_sparse_encoder_layers": 1,
             "num_sparse_decoder_layers": 1,
             "num_experts": 4,
-            "expert_capacity": 3,
+            # Transformers 5.0 to 5.17 forgets it, so that it must not bind where these are peers.
+            "expert_capacity": 64 if (5, 0) <= VERSION < (5, 18) else 3,
             "decoder_start_token_id": 0,
         },
     ),
@@ -123,7 +124,11 @@ MODELS = {
     "deepseek_v2": (
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
-        {**DEEPSEEK, "topk_method": "group_limited_greedy"},
+        # To 5.12, its layer lacks an attribute that the other method asks for.
+        {
+            **DEEPSEEK,
+            "topk_method": "greedy" if (5, 0) <= VERSION < (5, 13) else "group_limited_greedy",
+        },
     ),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK),
 }

@@ -33,6 +33,8 @@ def logits(model, family):
 @pytest.mark.parametrize("case", families.GOLDEN_CASES)
 def test_what_some_versions_compute_wrongly_is_what_4_57_computes(case):
     family, settings = families.GOLDEN_CASES[case]
+    if family == "switch" and (5, 0) <= families.VERSION < (5, 15):
+        pytest.skip("Switch differs outside its sparse layers there, patched or not")
     model = families.make(family, **settings)
     moe_mt.patch(model)
     found = families.golden_tensors(model, family)

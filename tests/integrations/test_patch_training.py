@@ -43,14 +43,20 @@ WITHOUT_RANDOMNESS = {
 NLLB_MOE_IS_WRONG_THERE = pytest.mark.skipif(
     MAJOR >= 5, reason="transformers 5 runs experts 0 and 1 of NLLB-MoE only"
 )
+# transformers 5.0 to 5.17 raises when Switch, as it is, is asked for its routers' losses.
+SWITCH_CANNOT_ADD_ITS_LOSS = (5, 0) <= VERSION < (5, 18)
 WITH_A_LOSS_FOR_ROUTERS = (
     pytest.param("nllb_moe", marks=NLLB_MOE_IS_WRONG_THERE),
-    "switch",
+    *(() if SWITCH_CANNOT_ADD_ITS_LOSS else ("switch",)),
     "mixtral",
     "qwen2_moe",
     "olmoe",
 )
-WITHOUT_SUCH_A_LOSS = ("deepseek_v2", "deepseek_v3")
+WITHOUT_SUCH_A_LOSS = (
+    "deepseek_v2",
+    "deepseek_v3",
+    *(("switch",) if SWITCH_CANNOT_ADD_ITS_LOSS else ()),
+)
 
 
 def pair(family, **settings):
