@@ -57,7 +57,7 @@ def experts_forward(
         down_bias = self.down_proj_bias
     mixture = expert_ffn(
         hidden_states,
-        top_k_index,
+        top_k_index.int(),
         top_k_weights.float(),
         up_proj,
         self.down_proj,

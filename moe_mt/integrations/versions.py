@@ -8,7 +8,8 @@ __all__ = ["TESTED_VERSIONS", "check_version", "transformers_major"]
 
 TESTED_VERSIONS = (
     "4.57",
-    *(f"5.{minor}" for minor in range(24)),
+    # 5.4 refuses its own configurations of OLMoE and M2M100.
+    *(f"5.{minor}" for minor in range(24) if minor != 4),
 )
 """Minor versions, each with its patch releases: ``make test-transformers TRANSFORMERS=5.17.0``."""
 
