@@ -79,14 +79,14 @@ class ExpertLayers:
 
     def _obstacle_of_one(self, expert: nn.Module) -> str | None:
         if isinstance(getattr(expert, "base_layer", None), nn.Module):
-            return f"is a {type(expert).__name__}; patch the model before adapters are added"
+            return f"is {type(expert).__name__}; patch the model before adapters are added"
         if not type(expert).__module__.startswith("transformers."):
-            return f"is a {type(expert).__name__}, which is no class of transformers"
+            return f"is {type(expert).__name__}, which is no class of transformers"
         for layer in self.names().values():
             found = getattr(expert, layer, None)
             if type(found) is not nn.Linear:
                 return (
-                    f"has a {type(found).__name__} as {layer} where a Linear is needed: quantised "
+                    f"has {type(found).__name__} as {layer} where Linear is needed: quantised "
                     "and adapted experts cannot be stacked; load plain weights, and patch the "
                     "model before adapters are added"
                 )
