@@ -97,10 +97,14 @@ class Systems:
         with self._computing(system, tokens):
             return extra_memory(lambda: self._built.call(x), self.device)
 
-    def wake(self) -> None:
-        """Compute a little: threads that have slept while others were measured take a moment."""
-        x = self._input(2, 0)
-        self._built.call(x)
+    def wake(self, tokens: int, index: int) -> None:
+        """Compute a little: threads that have slept while others were measured take a moment.
+
+        Few tokens reach other experts in every round: whoever came first would pay for all that
+        their weights have not been read for long.
+        """
+        few = tokens <= MOST_GATHERED_CLAIMS // 2
+        self._built.call(self._input(tokens, index) if few else self._input(2, 0))
 
     def _input(self, tokens: int, index: int) -> Tensor:
         return draw_input(self.layer, tokens, index % INPUTS, self.device, self.dtype)
@@ -131,8 +135,8 @@ def respond(systems: Systems, request: dict[str, Any]) -> dict[str, Any]:
         torch.save(found, request["save"])
         return {"notes": notes}
     if "order" in request:
-        systems.wake()
         index = request["index"]
+        systems.wake(tokens, index)
         return {name: systems.seconds(name, tokens, index) for name in request["order"]}
     return {name: systems.extra_bytes(name, tokens) for name in request["memory"]}
 
