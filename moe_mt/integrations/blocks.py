@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_mt.integrations.expert_modules import ExpertLayers, dropout_of
 from moe_mt.integrations.patched import Patched
 from moe_mt.integrations.versions import transformers_major
-from moe_mt.moe import ExpertSlices
+from moe_mt.moe import ExpertSlices, experts_in, mask_outputs
 
 __all__ = ["DeepseekBlock", "NllbMoeBlock", "SoftmaxTopKBlock", "SwitchBlock"]
 
@@ -42,7 +42,7 @@ class _Block(Patched):
     @classmethod
     def description(cls, module: Any) -> str:  # noqa: ANN401
         """Return what a module is, in a few words."""
-        return f"{type(module).__name__}, {len(cls.layers(module).experts(module.experts))} experts"
+        return f"{type(module).__name__}, {len(experts_in(module.experts))} experts"
 
     def attach(self) -> None:
         """Stack the weights, one expert after the other: none is in memory twice for long."""
@@ -114,19 +114,13 @@ class NllbMoeBlock(_Block):
         top_1_mask, router_probs = self.router(rows, padding_mask)[:2]
         gates, expert_ids = router_probs.topk(2)
         expert_ids = expert_ids.masked_fill(gates == 0, router_probs.shape[-1])
-        output = self.mix(hidden_states, expert_ids, self._masked(gates))
+        # In transformers 5 the experts have it, in 4 the layer.
+        source: Any = self if "moe_token_dropout" in vars(self) else self.experts
+        gates = mask_outputs(gates, source.moe_token_dropout, training=self.training)
+        output = self.mix(hidden_states, expert_ids, gates)
         if transformers_major() >= 5:
             return output
         return output, (router_probs, top_1_mask.argmax(-1))
-
-    def _masked(self, gates: Tensor) -> Tensor:
-        """Mask expert outputs as the model was trained (arXiv:2207.04672, section 6.3)."""
-        # In transformers 5 the experts have it, in 4 the layer.
-        source: Any = self if "moe_token_dropout" in vars(self) else self.experts
-        dropout: float = source.moe_token_dropout
-        if not self.training:
-            return gates * (1 - dropout)
-        return gates * (torch.rand_like(gates) >= dropout) if dropout > 0 else gates
 
 
 class SwitchBlock(_Block):

@@ -2,17 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_mt.integrations.activations import activation_of
-from moe_mt.moe import Experts, ExpertSlices
+from moe_mt.moe import Experts, ExpertSlices, experts_in, hooks_of
 
 __all__ = ["ExpertLayers", "dropout_of", "weights_obstacle"]
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +33,9 @@ class ExpertLayers:
         names = {"up_proj": self.up_proj, "down_proj": self.down_proj}
         return names if self.gate_proj is None else {**names, "gate_proj": self.gate_proj}
 
-    def experts(self, container: nn.Module) -> list[Any]:
-        """Return the experts among the children of a container."""
-        return [child for child in container.children() if type(child) is not nn.Dropout]
-
     def slices(self, container: nn.Module) -> ExpertSlices:
         """Return the experts of a container that has no obstacle, their weights not yet stacked."""
-        experts = self.experts(container)
+        experts = experts_in(container)
         first = {name: getattr(experts[0], layer) for name, layer in self.names().items()}
         leaves = {name: (layer, "weight") for name, layer in self.names().items()}
         with torch.device("meta"):
@@ -62,10 +55,10 @@ class ExpertLayers:
 
     def obstacle(self, container: nn.Module) -> str | None:
         """Return why the weights of a container's experts cannot be stacked, or ``None``."""
-        experts = self.experts(container)
+        experts = experts_in(container)
         if not experts:
             return "it has no experts"
-        if any(vars(container)[name] for name in HOOKS):
+        if any(hooks_of(container)):
             return (
                 "its container of experts has hooks, which would no longer be called; remove them"
             )

@@ -5,9 +5,9 @@ the weights are; the layer between them does not change with either.
 """
 
 from moe_mt.moe.dispatcher import Dispatcher, LocalDispatcher
-from moe_mt.moe.expert_slices import ExpertSlices
+from moe_mt.moe.expert_slices import ExpertSlices, experts_in, hooks_of
 from moe_mt.moe.experts import Experts
-from moe_mt.moe.layer import MoELayer
+from moe_mt.moe.layer import MoELayer, mask_outputs
 from moe_mt.moe.packed_experts import PackedExperts
 from moe_mt.moe.router import Router, Top1Router, Top2Router, TopKRouter
 from moe_mt.moe.routing import Routing
@@ -24,4 +24,7 @@ __all__ = [
     "Top1Router",
     "Top2Router",
     "TopKRouter",
+    "experts_in",
+    "hooks_of",
+    "mask_outputs",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_mt.moe.experts import Experts
 
-__all__ = ["ExpertSlices"]
+__all__ = ["ExpertSlices", "experts_in", "hooks_of"]
 
 CACHE_LINE = 64
 """Bytes."""
@@ -157,20 +157,15 @@ class ExpertSlices:
             for layer, leaf in self.leaves.values()
             for expert in experts
         ]
-        self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        self.hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self.attributes = [vars(module) for module in modules]
         # The parameters that are slices, and where these begin in memory.
         self.bound: list[Any] = []
         self.addresses: list[int] = []
 
-    def _experts(self) -> list[nn.Module]:
-        """Return the container's experts as they are now."""
-        children = self.container._modules.values()
-        return [child for child in children if child is not None and type(child) is not nn.Dropout]
-
     def _whole(self) -> bool:
         """Whether every expert, and every part of one, is the module that was there at first."""
-        same = self._experts() == self.made and not self.sharded
+        same = experts_in(self.container) == self.made and not self.sharded
         return same and [e._modules for e in self.made] == self.parts
 
     def _untouched(self) -> bool:
@@ -197,7 +192,7 @@ class ExpertSlices:
     def _one_by_one(
         self, x: Tensor, expert_ids: Tensor, gates: Tensor, residual: Tensor | None
     ) -> Tensor:
-        experts = self._experts()
+        experts = experts_in(self.container)
         wide = torch.promote_types(x.dtype, torch.float32)
         mixture = torch.zeros(x.shape, dtype=wide, device=x.device)
         # Sorted, so that the device is waited for once and not for each expert.
@@ -231,6 +226,17 @@ class ExpertSlices:
         """Gather a copy's weights: to be called when its container is complete."""
         self._watch(self.made)
         self.gather()
+
+
+def experts_in(container: nn.Module) -> list[Any]:
+    """Return the experts among the children of a container, in order."""
+    children = container._modules.values()
+    return [child for child in children if child is not None and type(child) is not nn.Dropout]
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """Return what holds the hooks that a call of a module runs; they fill as hooks are added."""
+    return [getattr(module, name) for name in HOOKS]
 
 
 def _stack(leaves: list[nn.Parameter]) -> Tensor:

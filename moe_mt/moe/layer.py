@@ -8,7 +8,7 @@ from moe_mt.moe.experts import Experts
 from moe_mt.moe.router import Router
 from moe_mt.moe.routing import Routing
 
-__all__ = ["MoELayer"]
+__all__ = ["MoELayer", "mask_outputs"]
 
 
 class MoELayer(nn.Module):
@@ -64,14 +64,25 @@ class MoELayer(nn.Module):
             self.experts,
             tokens,
             routing.expert_ids,
-            self._mask_outputs(routing.gates),
+            mask_outputs(routing.gates, self.token_dropout, training=self.training),
             None if residual is None else residual.reshape(tokens.shape),
         )
         return mixture.view(x.shape), routing
 
-    def _mask_outputs(self, gates: Tensor) -> Tensor:
-        if self.token_dropout == 0:
-            return gates
-        if not self.training:
-            return gates * (1 - self.token_dropout)
-        return gates * (torch.rand_like(gates) >= self.token_dropout)
+
+def mask_outputs(gates: Tensor, dropout: float, *, training: bool) -> Tensor:
+    """Return gates (T, K) with which expert outputs are masked, or scaled in evaluation.
+
+    Args:
+        gates: (T, K).
+        dropout: Probability that an expert's whole output for a token is zeroed in training,
+            without rescaling; in evaluation outputs are multiplied by ``1 - dropout``.
+        training: Which of the two.
+
+    Source: NLLB Team, arXiv:2207.04672, section 6.3.
+    """
+    if dropout == 0:
+        return gates
+    if not training:
+        return gates * (1 - dropout)
+    return gates * (torch.rand_like(gates) >= dropout)
